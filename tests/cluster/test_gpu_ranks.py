@@ -282,3 +282,39 @@ def test_experts_of_a_lost_rank_come_from_the_copy_in_the_host_s_memory(
         answers.join()
         assert answers.found == expected
         assert [rank.id for rank in llm.cluster().ranks] == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_states_move_with_a_leaver_s_requests_and_outlive_a_kill(tmp_path: Path) -> None:
+    """Of layers that keep one of each sequence, computed by kernels where it lies."""
+    model = saved(
+        tmp_path,
+        "qwen3_next",
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        shared_expert_intermediate_size=16,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+    with opened(model, "cpu") as llm:
+        expected = tokens(llm)
+    with opened(model, "cuda") as llm:
+        answers = Answers(llm)
+        answers.wait_until_some_run()
+        shrunk = llm.scale(remove=[0])
+        answers.join()
+        assert answers.found == expected
+        assert (shrunk.moved_requests > 0) == (shrunk.moved_with_kv > 0)
+        assert shrunk.recomputed_tokens == 0
+        llm.scale(2)
+        answers = Answers(llm)
+        answers.wait_until_some_run()
+        os.kill(llm.cluster().ranks[0].pid, signal.SIGKILL)
+        answers.join()
+        assert answers.found == expected
+        assert all(rank.graphs for rank in llm.cluster().ranks)

@@ -368,6 +368,23 @@ def with_states(**changed: Any) -> tuple[Scheduler, FakeModel]:
     return Scheduler(own), FakeModel(own.block_size)
 
 
+def test_a_step_on_top_of_another_goes_on_with_the_states_that_it_will_leave() -> None:
+    scheduler, model = with_states(max_running=3, state_slots=12)
+    scheduler.add(sequence("a", [1, 2, 3], max_tokens=9, ignore_eos=True))
+    scheduler.commit(begin := scheduler.plan(), model.step(begin))
+    first = scheduler.plan()
+    given = model.step(first)
+    assert scheduler.looks_ahead
+    second = scheduler.plan()
+    assert first.states is not None
+    assert second.states is not None
+    assert second.states.sources == first.states.targets
+    assert len({*first.states.sources, *first.states.targets, *second.states.targets}) == 3
+    scheduler.rollback(second)
+    scheduler.commit(first, given)
+    assert len(run(scheduler, model)["a"]) == 7
+
+
 def cached(scheduler: Scheduler, model: FakeModel, name: str, prompt: list[int]) -> int:
     """Tokens of a prompt that were found, and its answer computed."""
     before = scheduler.cached_tokens
@@ -755,7 +772,7 @@ class Life(RuleBasedStateMachine):
         blocks=st.sampled_from([10, 11, 14, 30]),
         prefix_cache=st.booleans(),
         scored=st.sampled_from([1, 4, 256]),
-        states=st.sampled_from([0, 0, 2, 3]),
+        states=st.sampled_from([0, 0, 2, 3, 4]),
         proposed=st.sampled_from([0, 0, 1, 3, 9, *BY_MODEL, *BY_MODEL]),
     )
     def begin(
@@ -1010,7 +1027,7 @@ def test_long_random_lives_under_pressure(seed: int, arrivals: bool) -> None:
         blocks=random.choice([10, 14, 18, 30]),
         prefix_cache=random.random() < 0.6,
         scored=random.choice([1, 4, 256]),
-        states=random.choice([0, 2, 3]),
+        states=random.choice([0, 2, 3, 4]),
         proposed=random.choice([0, 2, 9, *BY_MODEL]),
     )
     for _ in range(150):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import Sequences, prompt_of, single_runner
+from support.checkpoints import Sequences, prompt_of, reference_logits, single_runner
 from support.fp8_checkpoints import make_fp8_checkpoint
 
 from flexpert.kernels.kernel_set import fixed_order_gpu_kernels, gpu_kernels
@@ -25,6 +25,8 @@ pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
 from flexpert.kernels.cuda.device_experts import SlotAddresses, is_swiglu
 from flexpert.moe.cuda.local_experts import LocalExperts
+
+from support.device_runner import device_runner  # isort: skip - needs triton
 
 CPU = torch.device("cpu")
 
@@ -189,6 +191,37 @@ def test_captured_steps_follow_the_experts_without_another_capture(
     assert gpu.runner.graphs.captures == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["lfm2_moe"])
+def test_layers_with_states_give_the_logits_of_transformers_in_graphs_too(
+    family: str, checkpoint: Callable[..., Path]
+) -> None:
+    """By a kernel where states lie, and by transformers' module beside them."""
+    path = checkpoint(family)
+    gpu = device_runner(path, CPU)
+    prompts = {"a": prompt_of(9, 1), "b": prompt_of(6, 2)}
+    found: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
+    at = {"a": 0, "b": 0}
+
+    def step(**counts: int) -> None:
+        work = {name: prompts[name][at[name] : at[name] + n] for name, n in counts.items()}
+        for name, logits in gpu.step(work).items():
+            found[name].append(logits.clone())
+            at[name] += counts[name]
+
+    step(a=5, b=2)
+    step(a=1, b=2)
+    gpu.runner.capture([GraphShape(4, 4), GraphShape(8, 4)], max_blocks=1)
+    assert gpu.runner.graphs is not None
+    assert gpu.runner.graphs.captures == 1  # prompts are cut by the host
+    step(a=1, b=1)
+    step(b=1)
+    step(a=2)
+    for name, tokens in prompts.items():
+        expected = reference_logits(path, tokens[: at[name]])
+        torch.testing.assert_close(torch.cat(found[name]), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_the_smallest_graph_is_taken_that_has_room_for_what_comes_from_all_ranks() -> None:
     taken: list[int] = []
 
@@ -264,4 +297,4 @@ def test_padding_of_a_captured_step_is_no_leftover_of_a_larger_one() -> None:
     for one in (inputs, prompts):
         arrays = [getattr(one, field.name) for field in fields(one)]
         places = [a.data_ptr() - memory.data_ptr() for a in arrays if isinstance(a, torch.Tensor)]
-        assert [place % 16 for place in places] == [0] * 8  # as kernels were compiled for
+        assert [place % 16 for place in places] == [0] * 9  # as kernels were compiled for

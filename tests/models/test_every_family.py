@@ -71,7 +71,6 @@ def found(case: str, folder: Path) -> ModelFamily:
             assert answer == expected, f"{case} on {ranks} ranks gives other tokens"
     skipped = {part: keys for part, keys in source.checkpoint.left_out.items() if keys}
     notes = [f"without {', '.join(sorted(skipped))}"] if skipped else []
-    notes += ["CPUs only: its layers keep states"] if source.info.states else []
     if any(shape.indexed for shape in source.info.attention):
         notes.append("CPUs only: an indexer picks what it attends to")
     return ModelFamily(case, True, source.info.architecture, "; ".join(notes))

@@ -10,7 +10,7 @@ from support.checkpoints import FAMILIES, random_model
 from torch import Tensor, nn
 
 from flexpert.kernels.cpu import ops
-from flexpert.kernels.kernel_set import cpu_kernels
+from flexpert.kernels.kernel_set import cpu_kernels, gpu_kernels
 from flexpert.models.fused import fuse
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -55,6 +55,16 @@ def test_what_is_no_rms_norm_is_left_alone(norm: nn.Module) -> None:
     with torch.inference_mode():
         fuse(norm, cpu_kernels(), deterministic=False)
     assert not fused(norm)
+
+
+def test_on_a_gpu_a_norm_that_adds_one_to_its_weight_is_one_kernel() -> None:
+    pytest.importorskip("triton", reason="the GPU kernels need the package triton")
+    norm, x = ShiftedNorm(), torch.randn(5, 32)
+    with torch.inference_mode():
+        expected = norm(x)
+        fuse(norm, gpu_kernels(torch.device("cpu")), deterministic=False)
+        assert fused(norm)
+        torch.testing.assert_close(norm(x), expected)
 
 
 @pytest.mark.skipif(

@@ -14,7 +14,12 @@ import torch
 from support.checkpoints import Sequences, prompt_of, reference_logits, single_runner
 from torch import Tensor
 
-from flexpert.models.batch import ForwardBatch
+from flexpert.config import EngineConfig
+from flexpert.engine.device_memory_plan import device_memory_plan
+from flexpert.engine.memory_plan import state_slots
+from flexpert.errors import FlexpertError
+from flexpert.models.batch import ForwardBatch, rows_and_starts
+from flexpert.models.source import ModelSource
 from flexpert.models.state_runs import NO_STATE, StateRuns
 
 Checkpoints = Callable[..., Path]
@@ -112,6 +117,29 @@ def test_layers_whose_plain_code_begins_anew_are_computed_row_by_row(
 ) -> None:
     layers = single_runner(checkpoint(family)).runner._states
     assert {layer.continues for layer in layers} == {continues}
+
+
+def test_runs_of_one_sequence_are_one_sequence_for_kernels() -> None:
+    """Two that decode, and a prompt that keeps a state on the way."""
+    rows, starts = rows_and_starts(StateRuns([0, 1, 2, 6, 8], [3, 4, NO_STATE, 7], [5, 6, 7, 8], 2))
+    assert rows.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2],
+        [3, 4, -1, -1, -1, -1, -1, -1],
+        [5, 6, -1, -1, -1, 7, -1, 8],
+    ]
+    assert starts.tolist() == [0, 1, 2, 8]
+
+
+def test_on_a_gpu_states_are_planned_for_and_deterministic_is_refused(
+    checkpoint: Checkpoints,
+) -> None:
+    source = ModelSource.open(str(checkpoint("qwen3_next")))
+    config = EngineConfig(device="cuda", kv_memory=2**20, max_running=10)
+    more = config.model_copy(update={"max_running": 20})
+    few, many = (device_memory_plan(source, each, 1).kv for each in (config, more))
+    assert abs(many - few - 10 * 4 * source.info.state_nbytes) < 4096
+    with pytest.raises(FlexpertError, match="--device cpu"):
+        state_slots(source.info, config.model_copy(update={"deterministic": True}))
 
 
 def _alone(tokens: list[int], runs: StateRuns, first: int = 0) -> ForwardBatch:

@@ -36,6 +36,7 @@ from flexpert.comm.cuda.cuda_layout import combine_format, dispatch_format
 from flexpert.comm.cuda.kernel_launch import argument_sizes, parameter_sizes
 from flexpert.kernels.cuda import absorbed_attention as absorbed
 from flexpert.kernels.cuda import (
+    delta_rule,
     drafts,
     fixed_attention,
     fixed_products,
@@ -43,6 +44,8 @@ from flexpert.kernels.cuda import (
     mxfp4_few,
     prompt_attention,
     sampling,
+    state_space,
+    states,
 )
 from flexpert.kernels.cuda import grouped_products as products
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
@@ -51,7 +54,7 @@ TUNED = Tuning()
 PREPARED = (dispatch, combine, expert_major, lane_kernels, waiting, products, sampling)
 MODULES = (
     *PREPARED, absorbed, drafts, fixed_products, fixed_attention, mxfp4_few, hopper_attention,
-    prompt_attention,
+    prompt_attention, delta_rule, state_space, states,
 )  # fmt: skip
 MOST_SHARED = 227 * 1024  # bytes
 P64, P32, F32, BF16, I32, I64 = "*i64", "*i32", "*fp32", "*bf16", "i32", "i64"
@@ -325,7 +328,114 @@ def fixed_cases() -> dict[str, tuple[Any, ...]]:
     return cases
 
 
-STRIDES = ("query_head", "query_token", "rotary_head", "rotary_token")
+def states_in_place() -> dict[str, tuple[Any, ...]]:
+    """A token through a layer with a state: of Qwen3-Next and Granite-4."""
+    kept = dict(states=F32, sources=P64, targets=P64)
+    taps = dict(convolution=BF16, convolved=BF16, sources=P64, targets=P64)
+    gates = dict(rate=BF16, shift=BF16, out=BF16)
+    heads = dict.fromkeys(("query", "key", "value"), BF16) | dict.fromkeys(HEAD_STRIDES, I32)
+    steps = dict.fromkeys(("beta_row", "beta_group", "decay_row", "decay_group"), I32)
+    cases: dict[str, tuple[Any, ...]] = {
+        "convolved heads": (
+            "_mixed_heads",
+            taps
+            | heads
+            | steps
+            | dict(mixed=F32, gates=F32, beta=BF16, decay=BF16, rate=BF16, shift=BF16),
+            dict(
+                begins=None,
+                bias=None,
+                HEADS=16,
+                EACH=2,
+                KEY=128,
+                VALUE=128,
+                LANES=128,
+                WIDTH=4,
+                TAPS=4,
+            ),
+            1,
+        ),
+        "delta rule": (
+            "_delta_rule",
+            kept | dict(mixed=F32, gates=F32, out=BF16),
+            dict(starts=None, HEADS=16, EACH=2, KEY=128, VALUE=128, KEYS=128, COLUMNS=32),
+            4,
+        ),
+        "delta rule of prompts": (
+            "_delta_rule",
+            kept | dict(mixed=F32, gates=F32, out=BF16, starts=P64),
+            dict(HEADS=16, EACH=2, KEY=128, VALUE=128, KEYS=128, COLUMNS=8),
+            1,
+        ),
+        "convolved channels": (
+            "_mixed_channels",
+            taps | dict(projected=BF16, bias=BF16, mixed=BF16, stride=I32, begins=P64),
+            dict(INNER=8192, CHANNELS=8448, LANES=128, WIDTH=4, TAPS=4),
+            1,
+        ),
+        "state space": (
+            "_state_space",
+            kept | gates | dict(projected=BF16, mixed=BF16, skip=BF16),
+            dict(
+                starts=None,
+                HEADS=128,
+                EACH=128,
+                DIM=64,
+                SIZE=128,
+                SOME=32,
+                SIZES=128,
+                CHANNELS=8448,
+            ),
+            4,
+        ),
+        "state space of prompts": (
+            "_state_space",
+            kept | gates | dict(projected=BF16, mixed=BF16, skip=BF16, starts=P64),
+            dict(HEADS=128, EACH=128, DIM=64, SIZE=128, SOME=8, SIZES=128, CHANNELS=8448),
+            1,
+        ),
+    }
+    cases["norm before a gate"] = (
+        "_normed_before_gate",
+        dict(y=BF16, gate=BF16, weight=BF16, eps="fp32") | dict.fromkeys(GATE_STRIDES, I32),
+        dict(HEADS=32, EACH=2, VALUE=128, VALUES=128, TOGETHER=8),
+        4,
+    )
+    cases["gated norm"] = (
+        "_gated_norm",
+        dict(y=BF16, projected=BF16, weight=BF16, stride=I32, eps="fp32"),
+        dict(INNER=8192, NORMED=8192, COLUMNS=8192),
+        8,
+    )
+    cases["take states"] = (
+        "_take_states",
+        dict(states=F32, slots=P64, taken=F32, size=I32),
+        dict(BLOCK=2048),
+        4,
+    )
+    cases["put states"] = (
+        "_put_states",
+        dict(new=F32, states=F32, slots=P64, size=I32),
+        dict(BLOCK=2048),
+        4,
+    )
+    return cases
+
+
+HEAD_STRIDES = (
+    "query_row", "query_head", "key_row", "key_head", "value_row", "value_group", "value_head",
+)  # fmt: skip
+GATE_STRIDES = "gate_row", "gate_group", "gate_head"
+STRIDES = (
+    *HEAD_STRIDES,
+    *GATE_STRIDES,
+    "size",
+    "stride",
+    "query_head",
+    "query_token",
+    "rotary_head",
+    "rotary_token",
+)
 
 
 def compiled(
@@ -396,6 +506,7 @@ def usual_cases() -> dict[str, tuple[Any, ...]]:
     for dim, split, by_hand in itertools.product((64, 128), (False, True), (False, True)):
         kind = f"prompts {dim}{' split' if split else ''}{' Hopper' if by_hand else ''}"
         cases[kind] = attention_of_prompts(dim, split, by_hand)
+    cases |= states_in_place()
     for gated in (False, True):
         cases[f"few rows {'gated' if gated else 'down'}"] = ("_few_rows", *few_rows(gated))
     return cases

@@ -1,6 +1,7 @@
 """Where the time of a decode step goes: kernels of one replay, by their total time.
 
-PYTHONPATH=src python tools/gpu/profile_decode.py [--layers 8] [--batch 1,64] [--gpt-oss none,mxfp4]
+PYTHONPATH=src python tools/gpu/profile_decode.py [--layers 8] [--batch 1,64]
+    [--shape qwen3-next | --gpt-oss none,mxfp4]
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from flexpert.bench.formats.format_run import decode_batch
 from flexpert.bench.gpu.decode import single_rank
 from flexpert.bench.gpu.decode_group import place_on
 from flexpert.bench.gpu.model import RandomModel
-from flexpert.bench.model_shapes import qwen3_30b_a3b
+from flexpert.bench.model_shapes import DECODE_SHAPES
 
 CONTEXT = 512
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", default="1,64")
+    parser.add_argument("--shape", default="qwen3-30b-a3b", choices=list(DECODE_SHAPES))
     parser.add_argument("--gpt-oss", metavar="FORMATS", help="gpt-oss-20b's shapes instead")
     args = parser.parse_args()
     batches = [int(part) for part in args.batch.split(",")]
@@ -34,11 +36,12 @@ def main() -> None:
         if args.gpt_oss:
             profile_gpt_oss(args.layers, batches, args.gpt_oss.split(","))
         else:
-            profile_qwen(args.layers, batches)
+            profile_shape(args.shape, args.layers, batches)
 
 
-def profile_qwen(layers: int, batches: list[int]) -> None:
-    model = RandomModel.build(qwen3_30b_a3b(layers), torch.device("cuda", 0), place=place_on(1))
+def profile_shape(shape: str, layers: int, batches: list[int]) -> None:
+    config = DECODE_SHAPES[shape].config(layers)
+    model = RandomModel.build(config, torch.device("cuda", 0), place=place_on(1))
     ours = single_rank(model, batches, CONTEXT + 1, lambda _: None)
     for size in batches:
         batch = ours.batch_of([[7]] * size, CONTEXT)

@@ -95,12 +95,15 @@ def bench_decode(
         ),
     ] = "1",
     shape: Annotated[
-        Literal["qwen3-30b-a3b", "deepseek-v3"], typer.Option(help="Whose shapes the model has.")
+        Literal["qwen3-30b-a3b", "deepseek-v3", "qwen3-next", "granite-4"],
+        typer.Option(help="Whose shapes the model has."),
     ] = "qwen3-30b-a3b",
     layers: Annotated[
         int | None,
         typer.Option(
-            min=1, help="How many of its layers.", show_default="all 48, of deepseek-v3 4 of 61"
+            min=1,
+            help="How many of its layers.",
+            show_default="all 48, of deepseek-v3 4 of 61, qwen3-next 8 of 48, granite-4 10 of 40",
         ),
     ] = None,
     context: Annotated[
@@ -124,6 +127,7 @@ def bench_decode(
 
     The engine's own path, from tokens on the host to the next ones, as one rank or several, against
     the time that reading weights and KV cache takes, and transformers or a cache without latents.
+    Layers that keep states (qwen3-next, granite-4) also read and write these.
     Needs some 78 GB of GPU memory, with fp8 experts some 110: transformers has the same weights in
     bf16; four layers of DeepSeek-V3 31 and what the cache takes. Ranks are dealt
     out to the GPUs in turn; several on one GPU run at the same time under NVIDIA's MPS only: start

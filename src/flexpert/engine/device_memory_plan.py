@@ -6,12 +6,13 @@ from flexpert.comm import BufferSpec
 from flexpert.comm.cuda.cuda_layout import layout
 from flexpert.config import EngineConfig
 from flexpert.engine.device_profile import captured_shapes, result_rows
-from flexpert.engine.memory_plan import buffer_spec, kv_blocks, most_samples
+from flexpert.engine.memory_plan import buffer_spec, kv_blocks, most_samples, state_slots
 from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
 from flexpert.models.device_latents import WORKSPACE_NUMBERS
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.source import ModelInfo, ModelSource
+from flexpert.models.state_layers import DECODED_ON_GPU
 
 CONTEXT_BYTES = 640 * 2**20
 """An estimate of what the driver takes for a process besides what that allocates: its context, the
@@ -19,6 +20,7 @@ code of its kernels, its graphs."""
 
 _PLACE = 256  # bytes; places of experts are whole multiples
 _LOGIT_BYTES = 4
+_STATE_COPIES = 3  # of a step's tokens in float32, each with the heads' dimensions of its layer
 
 
 def expert_place_nbytes(source: ModelSource) -> int:
@@ -46,7 +48,9 @@ def device_memory_plan(source: ModelSource, config: EngineConfig, capacity: int)
     return RankMemoryPlan(
         dense=source.dense_nbytes(),
         expert=expert_place_nbytes(source),
-        kv=KVCache.nbytes(info, kv_blocks(info, config), config.kv_block_size),
+        kv=KVCache.nbytes(
+            info, kv_blocks(info, config), config.kv_block_size, state_slots(info, config)
+        ),
         windows=window_nbytes(source, config, capacity),
         runtime=CONTEXT_BYTES + workspace_nbytes(source, config, capacity),
         capacity=capacity,
@@ -78,7 +82,8 @@ def workspace_nbytes(source: ModelSource, config: EngineConfig, capacity: int) -
     # of a step without a graph; of one with prompts, and what all of these leave them in
     rows = 3 * most_samples(config) + sum(shape.sequences for shape in captured if shape.decodes)
     logits = rows * info.vocab * _LOGIT_BYTES
-    return 2 * step * info.topk * row + logits + _draft_nbytes(info, config) + _latent_nbytes(info)
+    layers = _latent_nbytes(info) + _state_nbytes(info, config.max_tokens_per_step)
+    return 2 * step * info.topk * row + logits + _draft_nbytes(info, config) + layers
 
 
 def _draft_nbytes(info: ModelInfo, config: EngineConfig) -> int:
@@ -97,3 +102,16 @@ def _latent_nbytes(info: ModelInfo) -> int:
     if not kept:
         return 0
     return (2 * WORKSPACE_NUMBERS + info.max_model_len * max(kept)) * info.dtype.itemsize
+
+
+def _state_nbytes(info: ModelInfo, tokens: int) -> int:
+    """What a layer with states makes of a step of so many tokens, and of the states of a step that
+    decodes, about."""
+    if not info.states:
+        return 0
+    numbers = max(sum(state.shape[0] for state in layer) for layer in info.states)
+    wide = max(
+        sum(state.shape[0] * sum(state.shape[1:]) for state in layer if len(state.shape) > 2)
+        for layer in info.states
+    )
+    return _STATE_COPIES * tokens * (numbers + wide) * 4 + DECODED_ON_GPU

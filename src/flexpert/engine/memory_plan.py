@@ -13,7 +13,7 @@ from flexpert.config import EngineConfig
 from flexpert.device_settings import DEVICE_SETTINGS
 from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
-from flexpert.engine.state_slots import SLOTS_PER_SEQUENCE
+from flexpert.engine.state_slots import SLOTS_AHEAD, SLOTS_PER_SEQUENCE
 from flexpert.errors import FlexpertError
 from flexpert.models.dense_weights import mapped_nbytes
 from flexpert.models.kv_cache import KVCache
@@ -81,17 +81,18 @@ def state_slots(info: ModelInfo, config: EngineConfig) -> int:
     """
     if not info.states:
         return 0
-    if config.device != "cpu":
+    if config.device != "cpu" and config.deterministic:
         raise FlexpertError(
-            f"layers of {info.model_type} keep a state of each sequence, which flexpert computes "
-            "on CPUs only; serve it with --device cpu"
+            f"layers of {info.model_type} keep a state of each sequence, which with "
+            "--deterministic flexpert computes on CPUs only; serve it with --device cpu"
         )
     if config.speculate is not None:
         raise FlexpertError(
             f"layers of {info.model_type} keep a state of each sequence, which cannot take back a "
             "token that was proposed in vain; leave --speculate out"
         )
-    return SLOTS_PER_SEQUENCE * min(config.max_running, config.max_tokens_per_step)
+    each = SLOTS_PER_SEQUENCE + (SLOTS_AHEAD if config.device != "cpu" else 0)
+    return each * min(config.max_running, config.max_tokens_per_step)
 
 
 def most_samples(config: EngineConfig) -> int:

@@ -389,7 +389,7 @@ class Scheduler:
     @property
     def looks_ahead(self) -> bool:
         """Whether a step may be planned on top of the one in flight, and has something to do."""
-        return self._slots is None and len(self._plans) == 1 and self._look_ahead() is not None
+        return len(self._plans) == 1 and self._look_ahead() is not None
 
     def _look_ahead(self) -> Outlook | None:
         """What is planned on top of the plan in flight; kept until anything changes."""
@@ -398,7 +398,10 @@ class Scheduler:
             after = outlook_after(first, self._prefilling, self.limits.max_model_len)
             # what both steps decode may need a block each, and the next one another
             most = 2 * (self._tokens_left - 1) // self.limits.block_size + 1
-            if after.running > 0 and self.pool.free_count >= 2 * most * (after.running + 1):
+            enough = self.pool.free_count >= 2 * most * (after.running + 1)
+            if self._slots is not None:
+                enough = enough and self._slots.free >= self.limits.rows
+            if after.running > 0 and enough:
                 self._ahead = after
         return self._ahead
 
@@ -545,6 +548,7 @@ class Scheduler:
                 BegunPrompt(s, s.row, s.computed, len(s.blocks), s.state.slot)
                 for s in self._prefilling
             ],
+            [s.state.slot for s in self._decoding] if self._slots is not None else [],
         )
 
     def _admit(
@@ -591,7 +595,10 @@ class Scheduler:
     def _plan_states(self, now: Outlook, chunks: list[PromptChunk]) -> StateStep | None:
         if self._slots is None:
             return None
-        parts = [StatePart(s.state, s.state.slot, s.computed, s.computed + 1) for s in now.decoding]
+        parts = [
+            StatePart(s.state, slot, at, at + 1)
+            for s, slot, at in zip(now.decoding, now.slots, now.positions.tolist(), strict=True)
+        ]
         for chunk in chunks:
             keep = self._kept_in(chunk)
             parts.append(StatePart(chunk.state.state, chunk.slot, chunk.start, chunk.end, keep))

@@ -7,6 +7,8 @@ slot holds the states behind one token, and is never changed once a step that wr
     commit    the sequence has that one; the slot before it is free, unless it is kept
     rollback  the new ones are free, and the sequences have what they had
 
+Of two steps in flight the second one reads what the first one writes; both write to new slots.
+
 What is kept are copies at ends of KV blocks, under the digest of the block, for prompts that begin
 with the same tokens: behind the last full block of a prompt, behind the last one of the answer so
 far, and where a prompt left the keys and values that were found of it (so that the next one that
@@ -25,6 +27,9 @@ from flexpert.models.state_runs import NO_STATE, StateRuns
 
 SLOTS_PER_SEQUENCE = 3
 """The state before a step, the one behind it, and a kept one."""
+
+SLOTS_AHEAD = 1
+"""More, where a step is planned on top of the one in flight: the state behind that, too."""
 
 
 class SequenceState:
@@ -87,6 +92,11 @@ class StateSlots:
     def used(self) -> int:
         """Slots that some sequence holds."""
         return self._pool.used
+
+    @property
+    def free(self) -> int:
+        """Slots that no sequence holds; kept states may be in them."""
+        return self._pool.free_count
 
     def find(self, digests: Sequence[bytes]) -> int:
         """Of a chain of digests, how many blocks there are before the last state that is kept."""

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from flexpert.engine.scheduled_sequence import ScheduledSequence
 from flexpert.engine.step_plan import StepPlan
-from flexpert.models.state_runs import NO_STATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,8 @@ class Outlook:
     decoding: of D sequences, with rows, positions of the next token, and held blocks: [D] int64.
     sources: [D] int64, which of the plan in flight's `sampled` each is; None: none is in flight.
     shifts: [D] int64, tokens that the plan in flight proposes for each, so that the position may be
-    as much larger. promised: [D] int64, tokens that the model will propose behind it.
+    as much larger. promised: [D] int64, tokens that the model will propose behind it. slots: [D] of
+    their states; empty where layers keep none.
     admitted: `id` of states that wait no more.
     """
 
@@ -43,6 +43,7 @@ class Outlook:
     shifts: NDArray[np.int64]
     promised: NDArray[np.int64]
     prefilling: list[BegunPrompt]
+    slots: list[int]
     admitted: frozenset[int] = frozenset()
 
     @property
@@ -110,10 +111,19 @@ def outlook_after(
     at = np.array([sequences[index] for index in on], dtype=np.int64)
     ends = {id(state): end for state, end in plan.chunks}
     complete = {id(state) for state in plan.sampled[plan.decodes :]}
-    begun = [BegunPrompt(s, s.row, s.computed, len(s.blocks), NO_STATE) for s in prefilling]
-    begun += [BegunPrompt(a.state, a.row, a.cached, len(a.blocks), NO_STATE) for a in plan.admitted]
+    begun = [BegunPrompt(s, s.row, s.computed, len(s.blocks), s.state.slot) for s in prefilling]
+    begun += [BegunPrompt(a.state, a.row, a.cached, len(a.blocks), a.slot) for a in plan.admitted]
+    behind = [] if plan.state_step is None else plan.state_step.behind
+    slots = {
+        id(state): slot
+        for (state, _), slot in zip(plan.chunks, behind[plan.decodes :], strict=False)
+    }
     goes_on = [
-        replace(one, computed=ends.get(id(one.state), one.computed))
+        replace(
+            one,
+            computed=ends.get(id(one.state), one.computed),
+            slot=slots.get(id(one.state), one.slot),
+        )
         for one in begun
         if id(one.state) not in complete and not one.state.aborted
     ]
@@ -132,5 +142,6 @@ def outlook_after(
         np.array([drafted[index] for index in on], dtype=np.int64),
         np.array([plan.asks[index] if plan.asks else 0 for index in on], dtype=np.int64),
         goes_on,
+        [behind[one] for one in at.tolist()] if behind else [],
         frozenset(id(one.state) for one in plan.admitted),
     )

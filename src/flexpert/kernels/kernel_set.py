@@ -11,6 +11,12 @@ from torch import Tensor
 
 from flexpert.errors import ConfigError
 from flexpert.kernels.cpu import ops
+from flexpert.kernels.state_steps import (
+    DeltaInputs,
+    DeltaWeights,
+    StateRows,
+    StateSpaceWeights,
+)
 
 AVX512_ROWS: Final = 4
 """Up to so many rows our product is faster than torch's without AMX: on one core of an AMD EPYC
@@ -139,6 +145,55 @@ class LatentKernels:
     attend: AttendKernel
 
 
+class TakeStatesKernel(Protocol):
+    """See `cuda.states.take_states`."""
+
+    def __call__(self, states: Tensor, slots: Tensor) -> Tensor: ...
+
+
+class PutStatesKernel(Protocol):
+    """See `cuda.states.put_states`."""
+
+    def __call__(self, new: Tensor, states: Tensor, slots: Tensor) -> None: ...
+
+
+class DeltaRuleKernel(Protocol):
+    """See `cuda.delta_rule.gated_delta_rule`."""
+
+    def __call__(
+        self,
+        inputs: DeltaInputs,
+        weights: DeltaWeights,
+        convolved: Tensor,
+        states: Tensor,
+        rows: StateRows,
+    ) -> Tensor: ...
+
+
+class StateSpaceKernel(Protocol):
+    """See `cuda.state_space.state_space`."""
+
+    def __call__(
+        self,
+        projected: Tensor,
+        weights: StateSpaceWeights,
+        convolved: Tensor,
+        states: Tensor,
+        rows: StateRows,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StateKernels:
+    """What layers that keep a state of each sequence do with theirs: in a decode step take them out
+    and put them back, or in any step compute where they are."""
+
+    take: TakeStatesKernel
+    put: PutStatesKernel
+    delta_rule: DeltaRuleKernel
+    state_space: StateSpaceKernel
+
+
 class FewTokenKernels(Protocol):
     """See `cuda.few_tokens.FewTokens`."""
 
@@ -230,6 +285,7 @@ class FixedOrderKernels:
 class Kernels:
     """What a model's dense part calls.
 
+    wide_norms: the norm takes a float32 weight for rows of any dtype.
     linear: for bfloat16, where it is faster than torch's for the fewest rows; None: it is not.
     linear_rows: up to so many; None: for any number, but for what several threads share.
     linear_bytes: weights of at least so many.
@@ -237,6 +293,7 @@ class Kernels:
     recorded_rows: up to so many rows a step is faster as a recorded program (`RecordedSteps`) than
         by transformers' modules; 0: there are none for the device.
     latents: None: `paged_attention` takes a cache whose values are part of its keys.
+    states: None: torch takes them and puts them back.
     fixed_order: of a GPU, where a row is to have the same bits in any company; None: it need not,
         or it is a CPU.
     """
@@ -248,8 +305,10 @@ class Kernels:
     linear_bytes: int = 0
     fusions: Fusions | None = None
     pads_batches: bool = False
+    wide_norms: bool = False
     recorded_rows: int = 0
     latents: LatentKernels | None = None
+    states: StateKernels | None = None
     fixed_order: FixedOrderKernels | None = None
 
 
@@ -278,7 +337,16 @@ def gpu_kernels(device: torch.device) -> Kernels:
 
     device: of all tensors; what they need of its memory is taken now.
     """
-    from flexpert.kernels.cuda import absorbed_attention, attention, norm, rotary, router
+    from flexpert.kernels.cuda import (
+        absorbed_attention,
+        attention,
+        delta_rule,
+        norm,
+        rotary,
+        router,
+        state_space,
+        states,
+    )
     from flexpert.kernels.cuda.few_tokens import MOST_TOKENS, FewTokens
 
     return Kernels(
@@ -293,6 +361,13 @@ def gpu_kernels(device: torch.device) -> Kernels:
         ),
         latents=LatentKernels(
             absorbed_attention.store_latents, absorbed_attention.attend_latents, attention.attend
+        ),
+        wide_norms=True,
+        states=StateKernels(
+            states.take_states,
+            states.put_states,
+            delta_rule.gated_delta_rule,
+            state_space.state_space,
         ),
     )
 
@@ -310,6 +385,7 @@ def fixed_order_gpu_kernels(device: torch.device) -> Kernels:
         fixed_attention.paged_attention,
         norm.rms_norm,
         fusions=Fusions(fixed_attention.attend, rotary.rotate_and_store, choose),
+        wide_norms=True,
         fixed_order=FixedOrderKernels(
             FixedProducts(device).linear,
             fixed_rows.sum_rows,

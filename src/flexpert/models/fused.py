@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -27,6 +27,7 @@ from flexpert.models.fusion_verdicts import FusionVerdicts, NormFusion, VerdictL
 LIBRARY_ROWS: Final = 64
 """From here on a product goes to torch if that may use more than our one thread, even with AMX."""
 
+_FORMS: Final = (NormFusion(early=True), NormFusion(early=False), NormFusion(False, shifted=True))
 _TRIAL_ROWS: Final = 64
 _MOST_DIFFERENT: Final = 0.01  # share of elements; sums in another order round some otherwise
 
@@ -53,9 +54,10 @@ def fuse(
             if linear is not None and _fits_kernel(module.weight, kernels.linear_bytes):
                 _replace(module, _linear(module, linear, kernels.linear_rows, deterministic))
         elif (eps := epsilon(module)) is not None:
-            attempt = functools.partial(_try_norm, module, eps, norm)
+            forms = _FORMS if kernels.wide_norms else _FORMS[:2]
+            attempt = functools.partial(_try_norm, module, eps, norm, forms)
             if (found := ledger.settle(name, module, NormFusion, attempt)) is not None:
-                _replace(module, FusedNorm.of(module, eps, norm, found.early))
+                _replace(module, FusedNorm.of(module, eps, norm, found))
     return ledger.found
 
 
@@ -117,23 +119,26 @@ def epsilon(module: nn.Module) -> float | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FusedNorm:
-    """The forward of an RMS norm. weight: [n]; eps, early: see `ops.rms_norm`."""
+    """The forward of an RMS norm. weight: [n], float32 if it is more than the module's own by one;
+    dtype: of the rows; eps, early: see `ops.rms_norm`."""
 
     module: nn.Module
     weight: Tensor
+    dtype: torch.dtype
     eps: float
     kernel: NormKernel
     early: bool
 
     @classmethod
-    def of(cls, module: nn.Module, eps: float, kernel: NormKernel, early: bool) -> FusedNorm:
-        weight = module.get_parameter("weight").data.contiguous()
-        return cls(module, weight, eps, kernel, early)
+    def of(cls, module: nn.Module, eps: float, kernel: NormKernel, form: NormFusion) -> FusedNorm:
+        own = module.get_parameter("weight").data
+        weight = 1.0 + own.float() if form.shifted else own.contiguous()
+        return cls(module, weight, own.dtype, eps, kernel, form.early)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         x, weight = hidden_states, self.weight
         with outside_modes():
-            if x.dtype == weight.dtype and x.shape[-1] == weight.shape[0]:
+            if x.dtype == self.dtype and x.shape[-1] == weight.shape[0]:
                 if (noting := recording.current()) is not None:
                     return noting.norm(self.kernel, x, weight, self.eps, early=self.early)
                 return self.kernel(x, weight, self.eps, early=self.early)
@@ -141,21 +146,20 @@ class FusedNorm:
         return result
 
 
-def _try_norm(module: nn.Module, eps: float, kernel: NormKernel) -> NormFusion | None:
-    for early in (True, False):
-        if _is_norm(module, eps, kernel, early=early):
-            return NormFusion(early)
-    return None
+def _try_norm(
+    module: nn.Module, eps: float, kernel: NormKernel, forms: Sequence[NormFusion]
+) -> NormFusion | None:
+    return next((form for form in forms if _is_norm(module, eps, kernel, form)), None)
 
 
-def _is_norm(module: nn.Module, eps: float, kernel: NormKernel, *, early: bool) -> bool:
+def _is_norm(module: nn.Module, eps: float, kernel: NormKernel, form: NormFusion) -> bool:
     """Does the module compute what our kernel does, but for rounding?"""
     weight = module.get_parameter("weight").data
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((_TRIAL_ROWS, weight.shape[0]), generator=generator)
     x *= torch.logspace(-4, 2, _TRIAL_ROWS).unsqueeze(1)  # small rows show epsilon
     x = x.to(weight.device, weight.dtype)
-    ours = FusedNorm.of(module, eps, kernel, early)(x)
+    ours = FusedNorm.of(module, eps, kernel, form)(x)
     try:
         theirs = type(module).forward(module, x)
     except (TypeError, RuntimeError, ValueError):

@@ -76,7 +76,7 @@ class _Parts:
         blocks: list[tuple[str, nn.Module]] = []
         for name, child in layer.named_children():
             forward = _forward(child)
-            if isinstance(forward, FusedNorm):
+            if isinstance(forward, FusedNorm) and forward.weight.dtype == forward.dtype:
                 norms[name] = forward
             elif isinstance(forward, FusedAttention):
                 attention.append((name, forward))

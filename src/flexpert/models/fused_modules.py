@@ -261,8 +261,8 @@ def _share(module: Any, front: AttentionFront) -> None:
 class FusedAttention:
     """The forward of an attention module; what it passes to attention is the same each time.
 
-    A model that rotates a part of each head (GLM) passes angles for that part alone, which the
-    trial cannot know: there the module computes.
+    A model that rotates a part of each head (GLM) passes angles for that part alone, one that
+    rotates nothing (Granite-4) passes none, which the trial cannot know: there the module computes.
 
     Attributes:
         binding: the cache and the batch, a `PagedAttention`.
@@ -287,17 +287,12 @@ class FusedAttention:
             self.sinks = sinks.to(front.weight.dtype).contiguous()
         self._kernels = kernels
 
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        *others: Any,
-        **rest: Any,
-    ) -> tuple[Tensor, None]:
+    def __call__(self, hidden_states: Tensor, *others: Any, **named: Any) -> tuple[Tensor, None]:
         module, kernels = self.module, self._kernels
-        if position_embeddings[0].shape[-1] != self.angles:
+        rotation: tuple[Tensor, Tensor] | None = named.get("position_embeddings")
+        if others or rotation is None or rotation[0].shape[-1] != self.angles:
             result: tuple[Tensor, None] = type(module).forward(
-                module, hidden_states, position_embeddings, *others, **rest
+                module, hidden_states, *others, **named
             )
             return result
         batch = self.binding.batch
@@ -305,7 +300,7 @@ class FusedAttention:
         query = self.front(
             kernels,
             hidden_states[0],
-            position_embeddings,
+            rotation,
             batch.slot_mapping,
             caches,
             self.fusion.early,

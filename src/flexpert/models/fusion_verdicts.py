@@ -23,9 +23,10 @@ WeightsDtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
 
 class NormFusion(msgspec.Struct, frozen=True, tag="norm"):
-    """early: see `kernels.cpu.ops.rms_norm`."""
+    """early: see `kernels.cpu.ops.rms_norm`. shifted: one is added to the weight."""
 
     early: bool
+    shifted: bool = False
 
 
 class AttentionFusion(msgspec.Struct, frozen=True, tag="attention"):

@@ -92,6 +92,7 @@ class KVCache:
         if isinstance(other, KVCache):
             for (_, mine), (_, theirs) in zip(self._slots, other._slots, strict=True):
                 mine[here].copy_(theirs[there])
+            stream_of(self.layers[0][0].device).synchronize()
         else:
             other.copy(
                 [(begin + there * slots.shape[1], slots[here]) for begin, slots in self._slots]

@@ -21,9 +21,10 @@ from flexpert.errors import ModelError, UnsupportedModel
 from flexpert.kernels.device_stream import stream_of
 from flexpert.kernels.experts import Gate
 from flexpert.kernels.kernel_set import Kernels, cpu_kernels
+from flexpert.kernels.state_steps import StateRows
 from flexpert.kernels.step_upload import StepUpload
 from flexpert.models import recorded_steps, recording, registrations
-from flexpert.models.batch import ForwardBatch
+from flexpert.models.batch import ForwardBatch, decode_slots, rows_and_starts
 from flexpert.models.dense_weights import load_dense, replace_tensor
 from flexpert.models.deterministic import RowwiseMode
 from flexpert.models.device_drafts import DeviceDrafts, DraftGraphs, Proposals
@@ -297,6 +298,7 @@ class ModelRunner:
                 kv,
                 deterministic=deterministic,
                 pads_rows=kernels.pads_batches and not deterministic,
+                kernels=kernels.states,
             )
         return cls(
             info,
@@ -319,11 +321,11 @@ class ModelRunner:
         """From now on, compute steps on a GPU as replays of graphs captured here.
 
         Args:
-            shapes: of batches; a batch is padded to the next one. See `StepGraphs`. Where attention
-                `cuts_prompts`, only those that decode.
+            shapes: of batches; a batch is padded to the next one. See `StepGraphs`. Where the host
+                cuts prompts, for attention or for layers with states, only those that decode.
             max_blocks: KV blocks of the longest sequence.
         """
-        if any(layer.cuts_prompts for layer in self._attention):
+        if self._states or any(layer.cuts_prompts for layer in self._attention):
             shapes = [shape for shape in shapes if shape.decodes]
         drafts = self.device_drafts
         with torch.inference_mode(), self._mode():
@@ -332,6 +334,7 @@ class ModelRunner:
                 shapes=shapes,
                 max_blocks=max_blocks,
                 device=self._device,
+                states=bool(self._states),
                 after=None if drafts is None else self._first_draft,
             )
         if drafts is not None:
@@ -560,8 +563,25 @@ class ModelRunner:
             indexer.batch = batch
         for experts in self._experts:
             experts.rows = batch.token_ids.shape[0]
-        for states in self._states:
-            states.runs = batch.states
+        if self._states:
+            slots, rows = batch.state_slots, self._state_rows(batch)
+            if slots is None and batch.states is not None:
+                slots = decode_slots(batch.states)
+            for states in self._states:
+                states.runs, states.decodes, states.rows = batch.states, slots, rows
+
+    def _state_rows(self, batch: ForwardBatch) -> StateRows | None:
+        """For layers with states that compute all rows at once; None: there are none."""
+        if not any(layer.fused for layer in self._states):
+            return None
+        slots, rows, starts = batch.state_slots, batch.state_rows, batch.state_starts
+        if slots is None and batch.states is not None:  # the device is the host
+            slots = decode_slots(batch.states)
+            if batch.states.decodes < len(batch.states):
+                rows, starts = rows_and_starts(batch.states)
+        if rows is not None:
+            return StateRows(rows[1], rows[2], rows[0], starts)
+        return None if slots is None else StateRows(slots[0], slots[1])
 
     def _tokens(self, batch: ForwardBatch, token_ids: Tensor) -> Tensor:
         """token_ids, with those sampled in the step before; see `ForwardBatch.sources`."""

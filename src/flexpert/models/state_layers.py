@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flexpert.kernels.kernel_set import StateKernels
+from flexpert.kernels.state_steps import StateRows
 from flexpert.models import recording
 from flexpert.models.deterministic import SingleRowMode
+from flexpert.models.fused_states import StateFusion, is_right, state_fusion
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.padding import pad_rows, padded_size
 from flexpert.models.source import ModelInfo
@@ -37,40 +40,60 @@ _DECODED_BYTES = 4 * 2**20
 large as all of them, and larger ones neither stay in a processor's cache nor in malloc's hands.
 With 2 MiB each, a step of 16 took 0.15 s in calls of 1 or 2 sequences, and 0.57 s in one call."""
 
+DECODED_ON_GPU = 2**28
+"""The same on a GPU, where it bounds what the intermediate results take of its memory."""
+
 
 class StateLayer:
     """One layer with a state, in place of its module's forward.
 
-    runs: of the batch that all layers compute.
+    runs: of the batch that all layers compute; None: each row decodes. decodes: see
+    `ForwardBatch.state_slots`. rows: the same for what computes all rows at once.
     """
 
     def __init__(
-        self, module: nn.Module, shapes: Sequence[StateShape], slots: Slots, *, deterministic: bool
+        self,
+        module: nn.Module,
+        shapes: Sequence[StateShape],
+        slots: Slots,
+        *,
+        deterministic: bool,
+        kernels: StateKernels | None = None,
     ) -> None:
+        """kernels: None: torch's; on a GPU these need no padding and wait for nothing."""
         self.runs: StateRuns | None = None
+        self.decodes: Tensor | None = None
+        self.rows: StateRows | None = None
         self._call = _with_cache(module)
         self._slots = slots
+        self._shapes = shapes
         self._dtypes = {shape.key: shape.dtype for shape in shapes}
         self._deterministic = deterministic
-        self._most = max(1, _DECODED_BYTES // sum(shape.nbytes for shape in shapes))
+        self._kernels = kernels
+        most = _DECODED_BYTES if kernels is None else DECODED_ON_GPU
+        self._most = max(1, most // sum(shape.nbytes for shape in shapes))
         self.continues = True  # see `try_continuing`
+        self.fused: StateFusion | None = None  # in place of the module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's, for hidden states of [1, N, hidden]; rows behind those of `runs` are
         padding."""
         if (noting := recording.current()) is not None:
             return noting.module(self.forward, (args, kwargs), lambda: self._of_fresh(args, kwargs))
-        runs = self.runs
-        if runs is None:
+        runs, decodes = self.runs, self.decodes
+        if decodes is None:
             raise RuntimeError("a layer with a state outside of ModelRunner.forward")
         given = LayerArguments(args, kwargs)
-        pieces = []
-        together = 0 if self._deterministic else runs.decodes
-        for first in range(0, together, self._most):
-            pieces.append(self._decode(given, runs, first, min(first + self._most, together)))
-        for run in range(together, len(runs)):
-            rows = slice(runs.begins[run], runs.begins[run + 1])
-            pieces += self._run(given, rows, runs.sources[run], runs.targets[run])
+        if self.fused is not None:
+            assert self.rows is not None
+            return self.fused(given.hidden[0], self._slots, self.rows).unsqueeze(0)
+        together, most = 0 if self._deterministic else decodes.shape[1], self._most
+        cuts = [slice(first, min(first + most, together)) for first in range(0, together, most)]
+        pieces = [self._decode(given, decodes, rows) for rows in cuts]
+        if runs is not None:
+            for run in range(together, len(runs)):
+                rows = slice(runs.begins[run], runs.begins[run + 1])
+                pieces += self._run(given, rows, runs.sources[run], runs.targets[run])
         return _joined(pieces, given.count)
 
     def _of_fresh(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -79,18 +102,17 @@ class StateLayer:
         result = self._call(StateView(None, self._dtypes), args, kwargs)
         return _joined([_rows_of(result, (1, rows))], rows)
 
-    def _decode(self, given: LayerArguments, runs: StateRuns, first: int, behind: int) -> Any:
-        """Of the runs first … behind - 1, which decode."""
-        sources = torch.tensor(runs.sources[first:behind])
-        targets = torch.tensor(runs.targets[first:behind])
+    def _decode(self, given: LayerArguments, decodes: Tensor, rows: slice) -> Any:
+        """Of some rows that decode. decodes: [2, D] int64, slots that are read and written."""
+        sources, targets = decodes[0, rows], decodes[1, rows]
+        take, put = (self._kernels.take, self._kernels.put) if self._kernels else (_take, _put)
         view = StateView(
-            {key: slots.index_select(0, sources) for key, slots in self._slots.items()},
-            self._dtypes,
+            {key: take(states, sources) for key, states in self._slots.items()}, self._dtypes
         )
-        result = self._call(view, *given.apart(slice(first, behind)))
-        for key, slots in self._slots.items():
-            slots.index_copy_(0, targets, view.states[key])
-        return _rows_of(result, (behind - first, 1))
+        result = self._call(view, *given.apart(rows))
+        for key, states in self._slots.items():
+            put(view.states[key], states, targets)
+        return _rows_of(result, (rows.stop - rows.start, 1))
 
     def _run(self, given: LayerArguments, rows: slice, source: int, target: int) -> list[Any]:
         view = self._view(source)
@@ -143,6 +165,24 @@ class StateLayer:
                 return False
         return True
 
+    def is_right(self, fused: StateFusion, arguments: dict[str, Any]) -> bool:
+        """Whether that computes what the module does. arguments: as for `try_continuing`."""
+        name, hidden = next(iter(arguments.items()))
+        return is_right(
+            fused,
+            lambda view, rows: self._call(view, (), {**arguments, name: rows}),
+            self._shapes,
+            hidden,
+        )
+
+
+def _take(states: Tensor, slots: Tensor) -> Tensor:
+    return states.index_select(0, slots)
+
+
+def _put(new: Tensor, states: Tensor, slots: Tensor) -> None:
+    states.index_copy_(0, slots, new)
+
 
 def bind_states(
     model: PreTrainedModel,
@@ -152,19 +192,31 @@ def bind_states(
     *,
     deterministic: bool,
     pads_rows: bool,
+    kernels: StateKernels | None,
 ) -> list[StateLayer]:
     """Let the modules of these names, which have their weights, find their states in `kv`.
 
-    pads_rows: their linear layers compute few numbers of rows; see `padding`.
+    pads_rows: their linear layers compute few numbers of rows; see `padding`. kernels: of a GPU,
+    whose states begin as zeros, since steps that warm it up read them; None: torch's.
     """
     layers = []
     continues: dict[type[nn.Module], bool] = {}
+    right: dict[type[nn.Module], bool] = {}
     for name, shapes, slots in zip(names, info.states, kv.states, strict=True):
         module = model.get_submodule(name)
-        layer = StateLayer(module, shapes, slots, deterministic=deterministic)
+        layer = StateLayer(module, shapes, slots, deterministic=deterministic, kernels=kernels)
         if type(module) not in continues:
-            continues[type(module)] = layer.try_continuing(_trial_arguments(module, info))
+            arguments = _trial_arguments(module, info)
+            continues[type(module)] = layer.try_continuing(arguments)
         layer.continues = continues[type(module)]
+        for states in slots.values() if kernels is not None else ():
+            states.zero_()
+        fused = None if kernels is None else state_fusion(module, shapes, kernels)
+        if fused is not None:
+            if type(module) not in right:
+                right[type(module)] = layer.is_right(fused, arguments)
+            if right[type(module)]:
+                layer.fused = fused
         vars(module)["forward"] = layer.forward
         if pads_rows:
             _pad_linear_layers(module)
@@ -201,20 +253,21 @@ def _trial_arguments(module: nn.Module, info: ModelInfo) -> dict[str, Any]:
     }
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn((1, _TRIAL_ROWS, info.hidden), generator=generator)
-    return {hidden.name: rows.to(info.dtype), **needed}
+    device = next(module.parameters()).device
+    return {hidden.name: rows.to(device, info.dtype), **needed}
 
 
 class LayerArguments:
     """The arguments of a layer's forward, cut along the rows.
 
-    count: N, of the hidden states' [1, N, hidden].
+    hidden: the hidden states, [1, N, hidden]. count: N.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._args = args
         self._kwargs = kwargs
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.count: int = hidden.shape[1]
+        self.hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        self.count: int = self.hidden.shape[1]
 
     def cut(self, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Of some rows: [1, n, …], at addresses of their own: library products look at these."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flexpert.kernels.device_stream import Replay, stream_of
-from flexpert.models.batch import DraftRows, ForwardBatch
+from flexpert.models.batch import DraftRows, ForwardBatch, decode_slots
 
 Walk = Callable[[ForwardBatch], Tensor]
 
@@ -50,8 +50,9 @@ class StepInputs:
 
     token_ids, sources, positions, slot_mapping: [tokens] int64; sample_rows: [sequences] int64;
     query_start: [sequences + 1] int32; context_len: [sequences] int32; block_tables: [sequences,
-    max_blocks] int32. drafts: of `DraftRows`, for as many tokens and sequences; None: nothing is
-    proposed. nbytes: of all of them, from the begin of the memory.
+    max_blocks] int32; state_slots: [2, sequences] int64, of shapes that decode. drafts: of
+    `DraftRows`, for as many tokens and sequences; None: nothing is proposed. nbytes: of all of
+    them, from the begin of the memory.
     """
 
     shape: GraphShape
@@ -63,15 +64,17 @@ class StepInputs:
     query_start: Tensor
     context_len: Tensor
     block_tables: Tensor
+    state_slots: Tensor
     drafts: DraftRows | None
     nbytes: int
 
     @staticmethod
     def bytes_for(shape: GraphShape, max_blocks: int, *, drafts: bool = False) -> int:
         """Bytes of memory."""
-        whole = 4 * shape.tokens * 8 + shape.sequences * (8 + 4 + 4 + 4 * max_blocks) + 4
+        each = 8 + 4 + 4 + 4 * max_blocks + 16
+        whole = 4 * shape.tokens * 8 + shape.sequences * each + 4
         further = 2 * shape.tokens * 8 + 5 * shape.sequences * 8 if drafts else 0
-        return whole + further + 11 * _ALIGNMENT
+        return whole + further + 12 * _ALIGNMENT
 
     @classmethod
     def over(
@@ -102,6 +105,7 @@ class StepInputs:
             take(sequences + 1, torch.int32),
             take(sequences, torch.int32),
             take(sequences * max_blocks, torch.int32).view(sequences, max_blocks),
+            take(2 * sequences, torch.int64).view(2, sequences),
             take_drafts() if drafts else None,
             end,
         )
@@ -122,6 +126,8 @@ class StepInputs:
             self.block_tables[:sequences, :width] = batch.block_tables
             if batch.sources is not None:
                 self.sources[:tokens] = batch.sources
+            if batch.states is not None:
+                self.state_slots[:, :sequences] = decode_slots(batch.states)
         # the memory has held batches of other sizes: what lies here now may be no token at all
         self.token_ids[tokens:] = 0
         self.positions[tokens:] = 0
@@ -129,6 +135,7 @@ class StepInputs:
         self.sample_rows[samples:] = 0
         self.query_start[sequences:] = tokens
         self.context_len[sequences:] = 0
+        self.state_slots[:, sequences:] = -1
         if self.shape.decodes:
             torch.arange(tokens, self.shape.tokens + 1, out=self.query_start[tokens:])
         if self.drafts is not None:
@@ -167,6 +174,7 @@ class StepGraphs:
             chose the same kernels.
         max_blocks: KV blocks of the longest sequence.
         device: of the model and what it computes with.
+        states: layers of the model keep states; then all shapes decode.
         after: what a batch is given to once more, behind the sampling of its step, with `drafts`;
             as `walk`. None: nothing is.
 
@@ -181,9 +189,11 @@ class StepGraphs:
         shapes: Sequence[GraphShape],
         max_blocks: int,
         device: torch.device,
+        states: bool = False,
         after: Walk | None = None,
     ) -> None:
         self.captures = 0
+        self._states = states
         self._max_blocks = max_blocks
         self._after = after
         self._last: _Captured | None = None  # was replayed
@@ -199,9 +209,7 @@ class StepGraphs:
         # the largest first: the others fit into its memory
         ordered = sorted(set(shapes), reverse=True)
         self._capture_prompts(walk, [shape for shape in ordered if not shape.decodes])
-        for index, shape in enumerate(shape for shape in ordered if shape.decodes):
-            # the largest is computed once; that and the steps before have loaded all kernels
-            self._captured.append(self._capture(walk, shape, warm=index > 0))
+        self._capture_decodes(walk, [shape for shape in ordered if shape.decodes])
         self._captured.sort(key=lambda one: (not one.host.shape.decodes, one.host.shape))
 
     def _capture_prompts(self, walk: Walk, shapes: Sequence[GraphShape]) -> None:
@@ -222,6 +230,18 @@ class StepGraphs:
             why = str(error).partition("\n")[0]
             log.warning("steps with prompts are launched kernel by kernel: %s", why)
 
+    def _capture_decodes(self, walk: Walk, shapes: Sequence[GraphShape]) -> None:
+        """Where layers with states wait for the device, as a library's may, so do these."""
+        try:
+            for index, shape in enumerate(shapes):
+                # the largest is computed once; that and the steps before have loaded all kernels
+                self._captured.append(self._capture(walk, shape, warm=index > 0))
+        except RuntimeError as error:
+            if not self._states:
+                raise
+            why = str(error).partition("\n")[0]
+            log.warning("steps that decode are launched kernel by kernel: %s", why)
+
     def _capture(self, walk: Walk, shape: GraphShape, *, warm: bool) -> _Captured:
         drafts = self._after is not None
         inputs = StepInputs.over(self._device, shape, self._max_blocks, drafts=drafts)
@@ -236,6 +256,7 @@ class StepGraphs:
             slot_mapping=inputs.slot_mapping,
             sample_rows=inputs.sample_rows,
             sources=inputs.sources,
+            state_slots=inputs.state_slots if self._states else None,
             shares=shape.shares,
             drafts=inputs.drafts,
         )
@@ -267,6 +288,8 @@ class StepGraphs:
             tokens, samples = batch.token_ids.shape[0], batch.sample_rows.shape[0]
             sequences, width = batch.block_tables.shape
             decodes = tokens == sequences == samples
+            if batch.states is not None and batch.states.decodes < sequences:
+                return None  # some begin, or have a state of several rows
         if width > self._max_blocks:
             return None
         for captured in self._captured:

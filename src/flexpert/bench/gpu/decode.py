@@ -31,8 +31,9 @@ class DecodePoint(msgspec.Struct, frozen=True, kw_only=True):
     """One batch size. ranks: which have it together. gpus: that they run on.
 
     active: experts a layer that get a token, mean over the layers of one step.
-    roofline_ms: weights in use and keys and values, read once, at the rate of the GPU's memory; on
-        several GPUs, by the one with the most ranks, with experts and caches dealt out evenly.
+    roofline_ms: weights in use and keys and values, read once, and states, read and written once,
+        at the rate of the GPU's memory; on several GPUs, by the one with the most ranks, with
+        experts and caches dealt out evenly.
     ours_us, compared_us: of a step; skipped: why there is no figure of what it is compared with.
     captures: graphs captured until then.
     """
@@ -203,7 +204,7 @@ def _point(
 ) -> DecodePoint:
     note(f"batch {batch}")
     active = float(ours.active(batch, context).sum(1).float().mean())
-    nbytes = _bytes_read(ours.model, 1, active, batch * (context + steps / 2))
+    nbytes = _bytes_read(ours.model, 1, active, batch, context + steps / 2)
     return DecodePoint(
         ranks=1,
         batch=batch,
@@ -227,7 +228,7 @@ def _points_of(
     gpus = min(ranks, torch.cuda.device_count())
     share = most_sharing(ranks, gpus) / ranks
     for batch, active, times in zip(batches, group.active, group.times_us, strict=True):
-        nbytes = _bytes_read(model, ranks, active, batch * (context + steps / 2))
+        nbytes = _bytes_read(model, ranks, active, batch, context + steps / 2)
         points.append(
             DecodePoint(
                 ranks=ranks,
@@ -242,10 +243,14 @@ def _points_of(
     return points
 
 
-def _bytes_read(model: RandomModel, ranks: int, active: float, tokens: float) -> float:
-    """By all ranks in a step. tokens: in all caches."""
-    experts = active * model.info.moe_layers * model.expert_nbytes
-    return ranks * model.dense_nbytes + experts + tokens * model.info.kv_bytes_per_token()
+def _bytes_read(
+    model: RandomModel, ranks: int, active: float, sequences: int, context: float
+) -> float:
+    """By all ranks in a step, and of states what is written. context: tokens of each sequence."""
+    info = model.info
+    experts = active * info.moe_layers * model.expert_nbytes
+    each = context * info.kv_bytes_per_token() + 2 * info.state_nbytes
+    return ranks * model.dense_nbytes + experts + sequences * each
 
 
 def difference(

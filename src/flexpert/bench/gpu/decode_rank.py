@@ -17,6 +17,7 @@ from flexpert.bench.gpu.model import RandomModel
 from flexpert.kernels.experts import Gate
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
+from flexpert.models.state_runs import NO_STATE, StateRuns
 from flexpert.models.step_graphs import GraphShape, StepGraphs
 from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
 from flexpert.moe.cuda.local_experts import LocalExperts
@@ -92,11 +93,16 @@ class DecodeRank:
         self.width = -(-max(longest, CHECK_TOKENS + 1) // BLOCK)
         largest = max(*batches, CHECK_PROMPTS)
         self.runner: ModelRunner = model.runner(
-            moe, kv_blocks=largest * self.width, kv_block_size=BLOCK, runtime=self.runtime
+            moe,
+            kv_blocks=largest * self.width,
+            kv_block_size=BLOCK,
+            state_slots=2 * largest if model.info.states else 0,
+            runtime=self.runtime,
         )
-        for cache in self.runner.kv.layers:
+        for cache in (*self.runner.kv.layers, *(kept.values() for kept in self.runner.kv.states)):
             for tensor in cache:
                 tensor.normal_()
+        self._odd = False  # which of each sequence's two slots has its states
         self.tables = torch.randperm(largest * self.width).int().view(-1, self.width)
         began = time.perf_counter()
         sizes = sorted({*batches, CHECK_PROMPTS} - {0})
@@ -168,6 +174,9 @@ class DecodeRank:
         tables = self.tables[:sequences]
         slots = tables[:, positions // BLOCK].long() * BLOCK + positions % BLOCK
         ends = torch.arange(1, sequences + 1) * each
+        runs = None
+        if self.model.info.states:
+            runs = self._runs(sequences, each, begins=begin == 0)
         return ForwardBatch(
             token_ids=torch.tensor(tokens).flatten(),
             positions=positions.repeat(sequences),
@@ -176,7 +185,16 @@ class DecodeRank:
             block_tables=tables,
             slot_mapping=slots.flatten(),
             sample_rows=ends - 1,
+            states=runs,
         )
+
+    def _runs(self, sequences: int, each: int, *, begins: bool) -> StateRuns:
+        """The states behind the step before are read; it was the last batch that was made."""
+        now, self._odd = self._odd, not self._odd
+        sources = [NO_STATE if begins else 2 * one + now for one in range(sequences)]
+        targets = [2 * one + (not now) for one in range(sequences)]
+        rows = range(0, (sequences + 1) * each, each)
+        return StateRuns(rows, sources, targets, sequences if each == 1 and not begins else 0)
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

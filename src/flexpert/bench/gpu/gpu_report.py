@@ -75,7 +75,7 @@ def decode_text(report: DecodeReport) -> RenderableType:
             f"logits differ from transformers' by {report.error:.4f} (relative){verdict}; model "
             f"built in {report.build_s:.1f} s, {report.captures} graphs captured in "
             f"{report.capture_s:.1f} s\nmedians over {report.steps} steps; roofline: "
-            f"weights in use and KV cache at the rate of its memory{_compared(report)}\n"
+            f"weights in use, KV cache and states at the rate of its memory{_compared(report)}\n"
             f"{report.gpu.line()}\n{report.machine.line()}",
             style="dim",
         ),

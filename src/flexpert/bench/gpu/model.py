@@ -142,6 +142,7 @@ class RandomModel:
         *,
         kv_blocks: int,
         kv_block_size: int,
+        state_slots: int = 0,
         runtime: Any = None,
     ) -> ModelRunner:
         """Our engine's view of it; the weights are shared, not copied.
@@ -159,6 +160,8 @@ class RandomModel:
             moe=runtime or moe,
             kv_blocks=kv_blocks,
             kv_block_size=kv_block_size,
+            state_names=tuple(self.found.states),
+            state_slots=state_slots,
             kernels=gpu_kernels(next(iter(self.weights.values())).device),
         )
         moe.install(moe.stage(self.layers()))

@@ -46,7 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32.
 
     Args:
-        x: [..., n]; weight: [n], contiguous; of one dtype.
+        x: [..., n]; weight: [n], contiguous; of one dtype, or the weight float32.
         early: round to x's dtype before the multiplication by weight as well as after.
 
     Returns:
