@@ -108,8 +108,7 @@ def _dot(w, x):
 @triton.jit
 def _project(
     x, norm, weight, bias, residual, out, N, eps,
-    K: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
-    NORMED: tl.constexpr,
+    K: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, NORMED: tl.constexpr,
     EARLY: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
