@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from support.checkpoints import Sequences, prompt_of, reference_logits, single_runner
 from torch import Tensor
 
 from flexpert.config import EngineConfig
 from flexpert.engine.device_memory_plan import device_memory_plan
 from flexpert.engine.memory_plan import state_slots
-from flexpert.errors import FlexpertError
+from flexpert.errors import FlexpertError, UnsupportedModel
+from flexpert.models import probe
 from flexpert.models.batch import ForwardBatch, rows_and_starts
 from flexpert.models.source import ModelSource
 from flexpert.models.state_runs import NO_STATE, StateRuns
@@ -38,6 +40,17 @@ HYBRIDS = (
     "qwen3_5_moe_text",
 )
 USUAL = [f if f in HYBRIDS[:4] else pytest.param(f, marks=pytest.mark.slow) for f in HYBRIDS]
+
+
+def test_an_older_transformers_is_named(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There layers get their caches by names of their own."""
+    path = checkpoint("qwen3_next")
+    monkeypatch.setattr(probe, "cached_modules", lambda *_: {})
+    monkeypatch.setattr(transformers, "__version__", "5.17.0")
+    with pytest.raises(UnsupportedModel, match=r"pip install 'transformers>=5\.24'"):
+        ModelSource.open(str(path))
 
 
 def in_chunks(sequences: Sequences, tokens: list[int], size: int) -> Tensor:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
 
@@ -38,6 +39,9 @@ from flexpert.models.meta_walk import walk
 from flexpert.models.state_probe import INDEX_ANSWER, StateProbe, cached_modules, probed_states
 from flexpert.models.state_view import StateShape
 from flexpert.models.undispatched_experts import dispatch_experts
+
+_CACHES_SINCE: Final = (5, 24)
+"""Version of transformers since which layers with states get their cache by one name, `CACHE`."""
 
 UNDERSTOOD: Final = {"scaling", "sliding_window", "s_aux", "softcap", "dropout", "is_causal"}
 """Arguments of an attention call that `model_runner` honours."""
@@ -235,6 +239,11 @@ class Probe:
         return model
 
 
+def _version() -> tuple[int, ...]:
+    """(major, minor) of transformers."""
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
 def find_architecture(
     config: PreTrainedConfig,
     dtype: torch.dtype,
@@ -336,6 +345,12 @@ def probe(model: PreTrainedModel) -> Probe:
         probes: dict[str, StateProbe] = {}
         if (_OF_STATES | KEEPING_INDEXED).intersection(_layer_kinds(model)):
             cached = cached_modules(model, found.attention_shapes)
+            if not cached and _version() < _CACHES_SINCE:
+                since = ".".join(map(str, _CACHES_SINCE))
+                raise UnsupportedModel(
+                    f"transformers {transformers.__version__} gives its layers no cache that can "
+                    f"be ours; install a newer one: pip install 'transformers>={since}'"
+                )
             with probed_states(cached, model.dtype) as probes:
                 found, touched = _walked(model)
             found.keep_states(probes)
