@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flexpert.cli import client as client_module
@@ -103,6 +103,7 @@ def test_any_body_gives_an_answer_or_one_line(
 
 
 @LESS
+@example(value="\n", wrapped=True, kind=(500, ""), call=CALLS[0])
 @given(
     value=JSON,
     wrapped=st.booleans(),

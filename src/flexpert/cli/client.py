@@ -196,7 +196,7 @@ class Client:
         except (msgspec.MsgspecError, RecursionError, KeyError):
             text = content[: 2 * _MOST_SHOWN].decode(errors="replace")
             message = f"{self.url} answered {status}: {text[:200].strip()}"
-        message = _shown(message)
+        message = _shown(message) or f"{self.url} answered {status} and does not say why"
         if status == 401:
             message += "; give it with --api-key or $FLEXPERT_API_KEY"
         raise ClientError(message, status)
