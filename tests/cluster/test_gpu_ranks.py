@@ -169,10 +169,6 @@ def test_deterministic_answers_have_the_same_bits_alone_and_through_changes(mode
         answers = Answers(llm, bits)
         answers.wait_until_some_run()
         llm.scale(3)
-        answers.join()
-        assert answers.found == expected
-        answers = Answers(llm, bits)
-        answers.wait_until_some_run()
         llm.scale(remove=[0])
         os.kill(llm.cluster().ranks[0].pid, signal.SIGKILL)
         answers.join()
@@ -311,10 +307,8 @@ def test_states_move_with_a_leaver_s_requests_and_outlive_a_kill(tmp_path: Path)
         assert answers.found == expected
         assert (shrunk.moved_requests > 0) == (shrunk.moved_with_kv > 0)
         assert shrunk.recomputed_tokens == 0
-        llm.scale(2)
         answers = Answers(llm)
         answers.wait_until_some_run()
         os.kill(llm.cluster().ranks[0].pid, signal.SIGKILL)
         answers.join()
         assert answers.found == expected
-        assert all(rank.graphs for rank in llm.cluster().ranks)

@@ -68,7 +68,6 @@ FUSED = {
         *("MixtralAttention", "MixtralTopKRouter", "MixtralRMSNorm"),
         "MixtralDecoderLayer",
     },
-    "olmoe": {"OlmoeTopKRouter", "OlmoeRMSNorm"},  # it norms all heads together
     "gpt_oss": {"GptOssRMSNorm"},
     "deepseek_v3": {"DeepseekV3RMSNorm"},
     "glm4_moe": {"Glm4MoeRMSNorm"},  # it rotates a part of each head

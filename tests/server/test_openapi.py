@@ -44,7 +44,7 @@ def test_generated_requests_are_answered_as_described(
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json"),
                 *("--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing"),
-                *("--max-examples", "4", "--generation-deterministic", "--no-color"),
+                *("--max-examples", "2", "--generation-deterministic", "--no-color"),
                 *("--request-timeout", "10", "--continue-on-failure"),
                 *("--exclude-path-regex", "/cluster/(events|stream)"),  # they never end
             ],
