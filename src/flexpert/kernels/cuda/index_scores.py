@@ -2,8 +2,9 @@
 query, and where those lie that were picked.
 
 A score is a weighted sum over the indexer's heads of what is positive of query · key; a factor
-that models have besides changes no order. A program takes all heads of a query, with some keys after each other; behind the last key that the query
-sees it only writes -inf, so that a captured step of short sequences costs little more than that.
+that models have besides changes no order. A program takes all heads of a query, with some keys
+after each other; behind the last key that the query sees it only writes -inf, so that a captured
+step of short sequences costs little more than that.
 """
 
 # Triton reads these functions: constants are in capitals, and nothing is annotated but constants.
