@@ -186,7 +186,8 @@ class DeviceIndexer:
         assert batch is not None
         assert query is not None
         assert weights is not None
-        rows, length, device = query.shape[1], scores.shape[2], query.device
+        query, weights = query[0].contiguous(), weights[0, :, 0].contiguous()
+        rows, length, device = query.shape[0], scores.shape[2], query.device
         answer = torch.full((1, rows, 1), self._number, dtype=torch.int32)
         if most >= length:
             self.picked = None
@@ -199,8 +200,8 @@ class DeviceIndexer:
         for first in range(0, rows, at_once):
             some = slice(first, min(first + at_once, rows))
             found = self._kernels.score(
-                query[0, some],
-                weights[0, some, 0],
+                query[some],
+                weights[some],
                 self._keys,
                 *tables,
                 first=first,
