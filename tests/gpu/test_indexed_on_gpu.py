@@ -178,7 +178,7 @@ class Layer:
             its = places[row, : counts[row]].long()
             assert len(its) == len(its.unique()) == min(last, PICKED)
             best = slots[self.best(step, row, slots)]
-            assert torch.isin(its, best).float().mean() > 0.999  # the others are as good
+            assert torch.isin(its, best).float().mean() > 0.98  # bf16 of one row and of many
             assert torch.isin(its, slots).all()
             kept = step.latents.flatten(0, 2)[its].double()
             expanded = kept[:, : SHAPE.rank] @ each.transpose(1, 2)

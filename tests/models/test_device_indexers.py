@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import make_checkpoint, prompt_of, reference_logits
+from support.checkpoints import make_checkpoint, prompt_of, reference_logits, single_runner
 from support.small_configs import small_config
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
@@ -25,8 +25,6 @@ from flexpert.models.architecture import model_classes
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.device_indexers import DeviceIndexedAttention, DeviceIndexer
 from flexpert.models.step_graphs import GraphShape
-
-from support.device_runner import device_runner  # isort: skip - needs triton
 
 CPU = torch.device("cpu")
 PICKED, BLOCK = 12, 16
@@ -153,7 +151,9 @@ def test_chunks_prefixes_and_captured_steps_give_the_logits_of_transformers(
     family: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_checkpoint(family, tmp_path, **{**SMALL, **changes})
-    sequences = device_runner(path, CPU)
+    sequences = single_runner(
+        path, latent_cache=True, block_size=BLOCK, kernels=gpu_kernels(CPU)
+    )  # experts are computed as on a CPU
     assert {type(layer) for layer in sequences.runner._attention} == {DeviceIndexedAttention}
     a, b = prompt_of(22, 1), prompt_of(18, 2)
     prompts = {"a": a, "b": b, "c": [*a[:16], *prompt_of(4, 3)]}
