@@ -112,7 +112,7 @@ class NotedScores:
         me: NotedScores = next(one for one in args if isinstance(one, cls))
         if call in _RELUS:
             return me._then("relu", usual=True)
-        if call not in _PRODUCTS or args[1] is not me or not isinstance(args[0], Tensor):
+        if call not in _PRODUCTS or not isinstance(args[0], Tensor):
             return me._then(getattr(call, "__name__", str(call)), usual=False)
         given = args[0]
         if me.query is None:
