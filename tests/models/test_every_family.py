@@ -70,10 +70,8 @@ def found(case: str, folder: Path) -> ModelFamily:
             expected = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
             assert answer == expected, f"{case} on {ranks} ranks gives other tokens"
     skipped = {part: keys for part, keys in source.checkpoint.left_out.items() if keys}
-    notes = [f"without {', '.join(sorted(skipped))}"] if skipped else []
-    if any(shape.indexed for shape in source.info.attention):
-        notes.append("CPUs only: an indexer picks what it attends to")
-    return ModelFamily(case, True, source.info.architecture, "; ".join(notes))
+    note = f"without {', '.join(sorted(skipped))}" if skipped else ""
+    return ModelFamily(case, True, source.info.architecture, note)
 
 
 def random_model(case: str) -> PreTrainedModel | None:

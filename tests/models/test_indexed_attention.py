@@ -97,9 +97,10 @@ def test_blocks_that_move_take_the_indexers_keys_along(path: Path) -> None:
     assert torch.equal(here.step(last)["a"], there.step(last)["a"])
 
 
-def test_a_gpu_refuses_it_by_name(path: Path) -> None:
+def test_a_gpu_refuses_it_by_name_where_bits_must_not_depend_on_the_batch(path: Path) -> None:
     info = ModelSource.open(str(path)).info
-    config = load_config(environment={}, overrides={"engine.device": "cuda"})
+    settings = {"engine.device": "cuda", "engine.deterministic": True}
+    config = load_config(environment={}, overrides=settings)
     with pytest.raises(FlexpertError, match=f"{info.model_type} .* on CPUs only"):
         kv_blocks(info, config.engine)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from flexpert.kernels.cpu.expert_products import LayerExperts
+from flexpert.kernels.kernel_set import Kernels
 from flexpert.models.batch import ForwardBatch
 from flexpert.models.model_runner import ModelRunner
 from flexpert.models.source import ExpertFormat, ModelSource
@@ -328,8 +329,9 @@ def single_runner(
     block_size: int = 8,
     latent_cache: bool = False,
     drafts: bool = False,
+    kernels: Kernels | None = None,
 ) -> Sequences:
-    """A whole model in this process, ready to be stepped."""
+    """A whole model in this process, ready to be stepped. kernels: default: a CPU's."""
     source = ModelSource.open(
         str(model), dtype=dtype, experts=experts, latent_cache=latent_cache, drafts=drafts
     )
@@ -340,6 +342,7 @@ def single_runner(
         kv_block_size=block_size,
         deterministic=deterministic,
         state_slots=SLOTS,
+        kernels=kernels,
     )
     return Sequences(runner, block_size)
 

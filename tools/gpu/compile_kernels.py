@@ -1,4 +1,4 @@
-"""Compile exchange, experts' products, attention to prompts and latents, and sampling for Hopper
+"""Compile exchange, experts' products, attention to prompts and latents, indexers, and sampling for Hopper
 without a GPU, and print what ptxas says.
 
     python tools/gpu/compile_kernels.py [--ptx DIRECTORY] [--deterministic]
@@ -41,6 +41,7 @@ from flexpert.kernels.cuda import (
     fixed_attention,
     fixed_products,
     hopper_attention,
+    index_scores,
     mxfp4_few,
     prompt_attention,
     sampling,
@@ -54,7 +55,7 @@ TUNED = Tuning()
 PREPARED = (dispatch, combine, expert_major, lane_kernels, waiting, products, sampling)
 MODULES = (
     *PREPARED, absorbed, drafts, fixed_products, fixed_attention, mxfp4_few, hopper_attention,
-    prompt_attention, delta_rule, state_space, states,
+    prompt_attention, delta_rule, state_space, states, index_scores,
 )  # fmt: skip
 MOST_SHARED = 227 * 1024  # bytes
 P64, P32, F32, BF16, I32, I64 = "*i64", "*i32", "*fp32", "*bf16", "i32", "i64"
@@ -221,7 +222,7 @@ LATENTS = ((128, 512, 64), (16, 512, 64), (32, 256, 64))  # heads, rank, rope
 
 
 def attention_to_latents(
-    shape: tuple[int, int, int], decode: bool, split: bool
+    shape: tuple[int, int, int], decode: bool, split: bool, block: int = 16
 ) -> tuple[dict[str, str], dict[str, Any], int, int]:
     """(types, constants, warps, stages) of attention with queries absorbed."""
     heads, rank, rope = shape
@@ -232,11 +233,36 @@ def attention_to_latents(
         scaling="fp32", softcap="fp32", query_head=I32, query_token=I32, rotary_head=I32, rotary_token=I32,
     )  # fmt: skip
     constants = dict(
-        sinks=None, SEQUENCES=1 if decode else 64, BLOCK=16, HEADS=heads, RANK=rank, RANK_PAD=absorbed.padded(rank),
+        sinks=None, SEQUENCES=1 if decode else 64, BLOCK=block, HEADS=heads, RANK=rank, RANK_PAD=absorbed.padded(rank),
         ROPE=rope, ROPE_PAD=absorbed.padded(rope), ROWS=tiling.heads, KEYS=tiling.keys, SPLIT=split, DECODE=decode,
         WINDOW=0, CAPPED=False, SINKS=False, PRECISION="tf32",
     )  # fmt: skip
     return types, constants, tiling.warps, tiling.stages
+
+
+def of_an_indexer(decode: bool) -> dict[str, tuple[Any, ...]]:
+    """What DeepSeek-V3.2's indexer asks of its keys."""
+    tiling = index_scores.choose(torch.bfloat16)
+    where = dict(query_start=P32, context_len=P32, block_tables=P32)
+    sizes = dict(first=I32, sequences=I32, max_blocks=I32)
+    how = dict(SEQUENCES=1 if decode else 64, BLOCK=16, DECODE=decode)
+    name = "" if decode else " mixed"
+    return {
+        f"index scores{name}": (
+            "_score_keys",
+            dict(query=F32, weights=F32, keys=BF16, scores=F32, length=I32, query_token=I32,
+                 query_head=I32, weights_token=I32) | where | sizes,
+            dict(HEADS=64, HEADS_PAD=64, DIM=128, DIM_PAD=128, KEYS=tiling.keys, TILES=tiling.tiles, PRECISION="tf32") | how,
+            tiling.warps,
+            tiling.stages,
+        ),
+        f"picked places{name}": (
+            "_place_keys",
+            dict(picked=P64, places=P32, counts=P32, most=I32) | where | sizes,
+            dict(LANES=512) | how,
+            4,
+        ),
+    }  # fmt: skip
 
 
 def few_rows(gated: bool) -> tuple[dict[str, str], dict[str, Any], int]:
@@ -435,6 +461,7 @@ STRIDES = (
     "query_token",
     "rotary_head",
     "rotary_token",
+    "weights_token",
 )
 
 
@@ -503,6 +530,10 @@ def usual_cases() -> dict[str, tuple[Any, ...]]:
     for shape, decode, split in itertools.product(LATENTS, (True, False), (True, False)):
         kind = f"mla {shape[0]}/{shape[1]}{'' if decode else ' mixed'}{' split' if split else ''}"
         cases[kind] = ("_attend_latents", *attention_to_latents(shape, decode, split))
+    for split in (True, False):
+        kind = f"mla picked{' split' if split else ''}"
+        cases[kind] = ("_attend_latents", *attention_to_latents(LATENTS[0], True, split, block=1))
+    cases |= of_an_indexer(decode=True) | of_an_indexer(decode=False)
     for dim, split, by_hand in itertools.product((64, 128), (False, True), (False, True)):
         kind = f"prompts {dim}{' split' if split else ''}{' Hopper' if by_hand else ''}"
         cases[kind] = attention_of_prompts(dim, split, by_hand)

@@ -9,6 +9,7 @@ from flexpert.engine.device_profile import captured_shapes, result_rows
 from flexpert.engine.memory_plan import buffer_spec, kv_blocks, most_samples, state_slots
 from flexpert.engine.rank_memory import RankMemoryPlan
 from flexpert.engine.rank_protocol import Memory
+from flexpert.models.device_indexers import SCORES
 from flexpert.models.device_latents import WORKSPACE_NUMBERS
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.source import ModelInfo, ModelSource
@@ -83,6 +84,7 @@ def workspace_nbytes(source: ModelSource, config: EngineConfig, capacity: int) -
     rows = 3 * most_samples(config) + sum(shape.sequences for shape in captured if shape.decodes)
     logits = rows * info.vocab * _LOGIT_BYTES
     layers = _latent_nbytes(info) + _state_nbytes(info, config.max_tokens_per_step)
+    layers += _index_nbytes(info)
     return 2 * step * info.topk * row + logits + _draft_nbytes(info, config) + layers
 
 
@@ -102,6 +104,11 @@ def _latent_nbytes(info: ModelInfo) -> int:
     if not kept:
         return 0
     return (2 * WORKSPACE_NUMBERS + info.max_model_len * max(kept)) * info.dtype.itemsize
+
+
+def _index_nbytes(info: ModelInfo) -> int:
+    """The scores of an indexer that are there at one time, in a step and in the graphs."""
+    return 2 * SCORES * 4 if any(shape.indexed for shape in info.attention) else 0
 
 
 def _state_nbytes(info: ModelInfo, tokens: int) -> int:

@@ -56,12 +56,14 @@ def kv_blocks(info: ModelInfo, config: EngineConfig) -> int:
     """KV blocks that the configured memory holds, at least one sequence's worth of one block.
 
     Raises:
-        FlexpertError: not even one block fits, or the device does not compute such attention.
+        FlexpertError: not even one block fits, or the device does not compute such attention with
+            these settings.
     """
-    if config.device != "cpu" and any(shape.indexed for shape in info.attention):
+    indexed = any(shape.indexed for shape in info.attention)
+    if indexed and config.device != "cpu" and config.deterministic:
         raise FlexpertError(
-            f"attention of {info.model_type} is to the keys that an indexer picks, which flexpert "
-            "computes on CPUs only; serve it with --device cpu"
+            f"attention of {info.model_type} is to the keys that an indexer picks, which with "
+            "--deterministic flexpert computes on CPUs only; serve it with --device cpu"
         )
     block = info.kv_bytes_per_token() * config.kv_block_size
     blocks = config.kv_memory // block

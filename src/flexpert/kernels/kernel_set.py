@@ -145,6 +145,50 @@ class LatentKernels:
     attend: AttendKernel
 
 
+class ScoreKeysKernel(Protocol):
+    """See `cuda.index_scores.score_keys`."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        weights: Tensor,
+        keys: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        *,
+        first: int = 0,
+        decode: bool,
+    ) -> Tensor: ...
+
+
+class PlaceKeysKernel(Protocol):
+    """See `cuda.index_scores.place_keys`."""
+
+    def __call__(
+        self,
+        picked: Tensor,
+        query_start: Tensor,
+        context_len: Tensor,
+        block_tables: Tensor,
+        places: Tensor,
+        counts: Tensor,
+        *,
+        first: int = 0,
+        block_size: int,
+        decode: bool,
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class IndexKernels:
+    """What an indexer does with the keys that it keeps in pages. store: one key of each token."""
+
+    store: StoreLatentsKernel
+    score: ScoreKeysKernel
+    place: PlaceKeysKernel
+
+
 class TakeStatesKernel(Protocol):
     """See `cuda.states.take_states`."""
 
@@ -293,6 +337,8 @@ class Kernels:
     recorded_rows: up to so many rows a step is faster as a recorded program (`RecordedSteps`) than
         by transformers' modules; 0: there are none for the device.
     latents: None: `paged_attention` takes a cache whose values are part of its keys.
+    indexers: of a GPU, where rows need not have the same bits in any company; None: transformers'
+        modules compute each sequence apart.
     states: None: torch takes them and puts them back.
     fixed_order: of a GPU, where a row is to have the same bits in any company; None: it need not,
         or it is a CPU.
@@ -308,6 +354,7 @@ class Kernels:
     wide_norms: bool = False
     recorded_rows: int = 0
     latents: LatentKernels | None = None
+    indexers: IndexKernels | None = None
     states: StateKernels | None = None
     fixed_order: FixedOrderKernels | None = None
 
@@ -341,6 +388,7 @@ def gpu_kernels(device: torch.device) -> Kernels:
         absorbed_attention,
         attention,
         delta_rule,
+        index_scores,
         norm,
         rotary,
         router,
@@ -361,6 +409,9 @@ def gpu_kernels(device: torch.device) -> Kernels:
         ),
         latents=LatentKernels(
             absorbed_attention.store_latents, absorbed_attention.attend_latents, attention.attend
+        ),
+        indexers=IndexKernels(
+            absorbed_attention.store_latents, index_scores.score_keys, index_scores.place_keys
         ),
         wide_norms=True,
         states=StateKernels(

@@ -156,10 +156,11 @@ class DeviceLatentAttention(PagedAttention):
     def _pieces(self, batch: ForwardBatch, how: AttentionTerms) -> list[LatentPiece]:
         tokens = batch.slot_mapping.shape[0]
         if tokens == batch.context_len.shape[0]:
-            starts, contexts = list(range(tokens + 1)), [0] * tokens  # whatever they are
-        else:
-            host = batch.host or batch
-            starts, contexts = host.query_start.tolist(), host.context_len.tolist()
+            firsts = range(0, tokens, self._most_rows)
+            rows = [slice(first, min(first + self._most_rows, tokens)) for first in firsts]
+            return [LatentPiece(some, some) for some in rows]
+        host = batch.host or batch
+        starts, contexts = host.query_start.tolist(), host.context_len.tolist()
         fewest = self._fewest if how.sinks is None else float("inf")
         return cut_pieces(starts, contexts, fewest, self._most_rows)
 

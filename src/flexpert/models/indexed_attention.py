@@ -1,4 +1,5 @@
-"""Attention to the keys that an indexer picks (DeepSeek-V3.2, GLM-MoE-DSA), on a CPU.
+"""Attention to the keys that an indexer picks (DeepSeek-V3.2, GLM-MoE-DSA), on a CPU;
+`device_indexers` does the same on a GPU.
 
 transformers' own indexer picks them: a small module beside attention that keeps a key of its own
 of each token, scores those of all tokens before a query and gives the numbers of the best. It is
@@ -19,7 +20,7 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -145,8 +146,8 @@ class IndexedAttention(PagedAttention):
         super().__init__(inner.key_cache, inner.value_cache, inner.kernel, isolated=inner.isolated)
         self._inner = inner
         self._single = copy.copy(inner)
-        self._single.key_cache = _of_one_token(inner.key_cache)
-        self._single.value_cache = _of_one_token(inner.value_cache)
+        self._single.key_cache = of_one_token(inner.key_cache)
+        self._single.value_cache = of_one_token(inner.value_cache)
         self._indexers = indexers
 
     def result_shape(self, query: Tensor, value: Tensor) -> tuple[int, ...]:
@@ -188,7 +189,7 @@ class IndexedAttention(PagedAttention):
             return out
 
 
-def _of_one_token(cache: Tensor) -> Tensor:
+def of_one_token(cache: Tensor) -> Tensor:
     """[blocks, block_size, heads, dim] → [blocks · block_size, 1, heads, dim], the same memory."""
     blocks, size, heads, dim = cache.shape
     _, token, head, _ = cache.stride()  # of values that are part of their keys, those of the keys
@@ -258,28 +259,39 @@ def split_rows(
     )
 
 
+class BoundIndexer(Protocol):
+    """What takes the place of an indexer's forward. batch: that all layers compute."""
+
+    batch: ForwardBatch | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor: ...
+
+
+IndexerT = TypeVar("IndexerT", bound=BoundIndexer)
+
+
 def bind_indexers(
     model: PreTrainedModel,
     names: Sequence[str],
     shapes: Sequence[AttentionShape],
     keys: Sequence[Tensor | None],
-    *,
-    deterministic: bool,
-) -> list[Indexer]:
+    make: Callable[[nn.Module, int, Tensor], IndexerT],
+) -> list[IndexerT]:
     """Let the indexers of a model find their keys, and the layers of attention ask them.
 
     Args:
         names, shapes: of the layers of attention.
         keys: of their indexers, see `KVCache`.
+        make: of an indexer's module, its number and its keys.
     """
-    indexers: list[Indexer] = []
+    indexers: list[IndexerT] = []
     for name, shape, memory in zip(names, shapes, keys, strict=True):
         attention = model.get_submodule(name)
         if shape.indexed:
             vars(attention)["forward"] = _with_mask(attention.forward)
         if memory is not None:
             module = attention.get_submodule(shape.indexer)
-            indexer = Indexer(module, len(indexers), memory, deterministic=deterministic)
+            indexer = make(module, len(indexers), memory)
             vars(module)["forward"] = indexer.forward
             indexers.append(indexer)
     return indexers

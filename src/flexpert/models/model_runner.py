@@ -28,6 +28,7 @@ from flexpert.models.batch import ForwardBatch, decode_slots, rows_and_starts
 from flexpert.models.dense_weights import load_dense, replace_tensor
 from flexpert.models.deterministic import RowwiseMode
 from flexpert.models.device_drafts import DeviceDrafts, DraftGraphs, Proposals
+from flexpert.models.device_indexers import DeviceIndexedAttention, DeviceIndexer
 from flexpert.models.device_latents import DeviceLatentAttention
 from flexpert.models.draft_layer import NAME as DRAFTS
 from flexpert.models.draft_layer import draft_layer
@@ -38,7 +39,12 @@ from flexpert.models.fused_layers import fuse_layers
 from flexpert.models.fused_modules import fuse_modules
 from flexpert.models.fusion_verdicts import FusionVerdicts
 from flexpert.models.gate_programs import gate_programs
-from flexpert.models.indexed_attention import IndexedAttention, Indexer, bind_indexers
+from flexpert.models.indexed_attention import (
+    BoundIndexer,
+    IndexedAttention,
+    Indexer,
+    bind_indexers,
+)
 from flexpert.models.kv_cache import KVCache
 from flexpert.models.latent_attention import LatentAttention, kept_latent
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
@@ -97,7 +103,7 @@ class ModelRunner:
         info: ModelInfo,
         model: PreTrainedModel,
         attention: list[PagedAttention],
-        indexers: list[Indexer],
+        indexers: Sequence[BoundIndexer],
         experts: list[RoutedExperts],
         states: list[StateLayer],
         kv: KVCache,
@@ -266,9 +272,7 @@ class ModelRunner:
             size = KVCache.nbytes(info, kv_blocks, kv_block_size, state_slots)
             kv_memory = torch.empty(size, dtype=torch.uint8, device=device)
         kv = KVCache(info, kv_blocks, kv_block_size, kv_memory, state_slots)
-        indexers = bind_indexers(
-            model, attention_names, info.attention, kv.index_keys, deterministic=deterministic
-        )
+        wrap, indexers = _indexers_of(model, info, attention_names, kv, kernels, deterministic)
         attention = []
         for name, shape, (keys, values) in zip(
             attention_names, info.attention, kv.layers, strict=True
@@ -276,7 +280,7 @@ class ModelRunner:
             module = model.get_submodule(name)
             layer = _attention_of(module, keys, values, kernels, deterministic)
             if shape.indexed:
-                layer = IndexedAttention(layer, indexers)
+                layer = wrap(layer)
             registrations.bind(module, layer)
             attention.append(layer)
         experts = []
@@ -704,6 +708,25 @@ def _attention_of(
     if kernels.latents is not None:
         return DeviceLatentAttention(module, shape, keys, values, kernels, isolated=isolated)
     return LatentAttention(module, shape, keys, values, kernel, isolated=isolated)
+
+
+def _indexers_of(
+    model: PreTrainedModel,
+    info: ModelInfo,
+    names: Sequence[str],
+    kv: KVCache,
+    kernels: Kernels,
+    deterministic: bool,
+) -> tuple[Callable[[PagedAttention], PagedAttention], Sequence[BoundIndexer]]:
+    """The indexers of a model, and what makes a layer of attention ask them."""
+    given = model, names, info.attention, kv.index_keys
+    if kernels.indexers is not None:
+        on_device = bind_indexers(
+            *given, functools.partial(DeviceIndexer, kernels=kernels.indexers)
+        )
+        return functools.partial(DeviceIndexedAttention, indexers=on_device), on_device
+    indexers = bind_indexers(*given, functools.partial(Indexer, deterministic=deterministic))
+    return functools.partial(IndexedAttention, indexers=indexers), indexers
 
 
 def compute_buffers(model: PreTrainedModel) -> None:

@@ -15,7 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.attention_parts import MOST_SPLITS, merge_splits, padded, split_sums
+from flexpert.kernels.cuda.attention_parts import (
+    MOST_SPLITS,
+    merge_splits,
+    padded,
+    seen_by,
+    split_sums,
+)
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 from flexpert.kernels.step_shapes import lanes
 
@@ -98,15 +104,7 @@ def _attend_latents(
 ):
     token = tl.program_id(0)
     split = tl.program_id(2)
-    if DECODE:
-        sequence = token
-        last = tl.load(context_len + sequence)
-    else:
-        lane = tl.arange(0, SEQUENCES)
-        starts = tl.load(query_start + lane, mask=lane < sequences, other=1 << 30)
-        sequence = tl.sum((starts <= first + token).to(tl.int32), 0) - 1
-        behind = tl.load(query_start + sequence + 1) - first - token
-        last = tl.load(context_len + sequence) - behind + 1
+    sequence, last = seen_by(first + token, query_start, context_len, sequences, SEQUENCES, DECODE)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_ok = head < HEADS
     d = tl.arange(0, RANK_PAD)

@@ -38,6 +38,20 @@ def queries_of_program(
     return queries_of(tl.program_id(0), query_start, sequences, SEQUENCES, TOKENS)
 
 
+@triton.jit
+def seen_by(
+    row, query_start, context_len, sequences, SEQUENCES: tl.constexpr, DECODE: tl.constexpr
+):
+    """(the sequence of a row of the step, how many of its tokens that row sees)."""
+    if DECODE:
+        return row, tl.load(context_len + row)
+    lane = tl.arange(0, SEQUENCES)
+    starts = tl.load(query_start + lane, mask=lane < sequences, other=1 << 30)
+    sequence = tl.sum((starts <= row).to(tl.int32), 0) - 1
+    behind = tl.load(query_start + sequence + 1) - row
+    return sequence, tl.load(context_len + sequence) - behind + 1
+
+
 @triton.jit(do_not_specialize=["rows", "sequences", "splits"])
 def _merge_splits(
     partial,
