@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -99,10 +98,7 @@ def run_rebalance(plan: RebalancePlan, note: Note) -> RebalanceReport:
 async def _run(plan: RebalancePlan, note: Note) -> RebalanceReport:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "skewed"
-        make = (
-            partial(_make_large, folder) if plan.large else partial(make_skewed_checkpoint, folder)
-        )
-        await asyncio.to_thread(make)
+        (_make_large if plan.large else make_skewed_checkpoint)(folder)
         streams: dict[str, ElasticStreams] = {}
         clients = ElasticPlan(clients=plan.clients, prompt=plan.prompt, tokens=plan.tokens)
         memory = _LARGE_KV if plan.large else _KV

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -66,6 +68,13 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench", help="Measure a service, the exchange, or a GPU.")
 app.add_typer(simulate.app, name="simulate", help="Predict what a service would do, without one.")
+
+
+@bench.callback()
+def end_in_order() -> None:
+    """SIGTERM ends a bench as Ctrl-C does: what it has started ends, and its files go."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def main() -> NoReturn:
