@@ -104,7 +104,10 @@ def _attend_latents(
 ):
     token = tl.program_id(0)
     split = tl.program_id(2)
-    sequence, last = seen_by(first + token, query_start, context_len, sequences, SEQUENCES, DECODE)
+    row = token  # with one token each, lengths and tables begin with the first sequence here
+    if not DECODE:
+        row = first + token
+    sequence, last = seen_by(row, query_start, context_len, sequences, SEQUENCES, DECODE)
     head = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_ok = head < HEADS
     d = tl.arange(0, RANK_PAD)
