@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from flexpert.engine.device_profile import captured_shapes
-from flexpert.engine.step_costs import StepCosts, padded
+from flexpert.engine.step_costs import StepCosts
+from flexpert.kernels.step_shapes import graph_size
 
 
 def test_rows_are_padded_as_steps_are_captured() -> None:
     sizes = [shape.tokens for shape in captured_shapes(512, 64) if shape.decodes]
     for rows in range(1, 513):
-        assert padded(rows) == min(size for size in sizes if size >= rows)
+        assert graph_size(rows) == min(size for size in sizes if size >= rows)
 
 
 def known(rows: int, without: float, drafted: int, together: float) -> StepCosts:

@@ -38,7 +38,7 @@ from flexpert.kernels.kernel_set import (
     fixed_order_gpu_kernels,
     gpu_kernels,
 )
-from flexpert.kernels.step_shapes import FEW
+from flexpert.kernels.step_shapes import FEW, graph_size
 from flexpert.models.padding import padded_sizes
 from flexpert.models.source import ModelSource
 from flexpert.models.step_graphs import GraphShape
@@ -455,8 +455,7 @@ def captured_shapes(most_running: int, most_tokens: int) -> list[GraphShape]:
 
 def _graph_sizes(most: int) -> list[int]:
     """1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … `most`."""
-    sizes = {1, 2, 4, 8} | {n for k in range(4, most.bit_length()) for n in (1 << k, 3 << k - 1)}
-    return sorted({size for size in sizes if size < most} | {most})
+    return sorted({min(graph_size(rows), most) for rows in range(1, most + 1)})
 
 
 def maps_experts(config: EngineConfig, source: ModelSource) -> bool:

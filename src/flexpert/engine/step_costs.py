@@ -9,20 +9,13 @@ from __future__ import annotations
 
 from typing import Final
 
+from flexpert.kernels.step_shapes import graph_size
+
 _SAMPLES: Final = 4  # of a kind of step, until it is known
 _WEIGHT: Final = 0.1  # of the latest time
 _FAR: Final = 3.0  # times as long as usual: something else was the reason
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 32, 512  # steps
 _TRIAL: Final = 8  # steps after a pause, in which it is seen anew what comes true
-
-
-def padded(rows: int) -> int:
-    """The least of 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, … that holds `rows`, as steps are
-    captured."""
-    if rows <= 8:
-        return 1 << max(rows - 1, 0).bit_length()
-    unit = max(8, 1 << (rows - 1).bit_length() - 2)
-    return -(-rows // unit) * unit
 
 
 class StepCosts:
@@ -37,7 +30,7 @@ class StepCosts:
 
     def note(self, rows: int, proposed: int, seconds: float) -> None:
         """A step took so long."""
-        key = padded(rows), proposed
+        key = graph_size(rows), proposed
         count, usual = self._times.get(key, (0, seconds))
         if count >= _SAMPLES and seconds > _FAR * usual:
             return
@@ -69,5 +62,5 @@ class StepCosts:
         return False
 
     def _known(self, rows: int, proposed: int) -> float | None:
-        count, seconds = self._times.get((padded(rows), proposed), (0, 0.0))
+        count, seconds = self._times.get((graph_size(rows), proposed), (0, 0.0))
         return seconds if count >= _SAMPLES else None

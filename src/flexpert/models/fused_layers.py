@@ -89,13 +89,11 @@ class _Parts:
         inside = list(blocks[0][1].modules())
         routers = [f for m in inside if isinstance(f := _forward(m), FusedRouter)]
         experts = [bound for m in inside if (bound := registrations.bound(m)) is not None]
-        owned = {id(p) for r in routers for p in (r.weight, r.bias)}
-        others = [p for p in blocks[0][1].parameters() if id(p) not in owned]
-        storages = {r.weight.data_ptr() for r in routers}
-        storages |= {r.bias.data_ptr() for r in routers if r.bias is not None}
         if len(routers) != 1 or len(experts) != 1:
             return None
-        if any(p.data_ptr() not in storages for p in others):
+        weights = (routers[0].weight, routers[0].bias)
+        known = {one.data_ptr() for one in weights if one is not None}
+        if any(one.data_ptr() not in known for one in blocks[0][1].parameters()):
             return None  # experts that all tokens take, say
         return cls(attention[0], blocks[0], routers[0], experts[0], norms)
 
@@ -139,7 +137,7 @@ def _try_layer(layer: nn.Module, parts: _Parts) -> LayerFusion | None:
 
     experts, module = parts.experts, layer.get_submodule(parts.attention_name)
     compute, rows = experts.compute, experts.rows
-    experts.compute, experts.rows = _stand_in, _ROWS
+    experts.compute, experts.rows = recording.stand_in_experts, _ROWS
     vars(module)["forward"] = attention
     try:
         theirs = type(layer).forward(
@@ -158,14 +156,10 @@ def _try_layer(layer: nn.Module, parts: _Parts) -> LayerFusion | None:
         between = hidden + answer
         normed = parts.norms[behind](between)[0]
         _, weights, ids = parts.router(normed)
-        ours = between + _stand_in(0, normed, ids, weights, None)[None]
+        ours = between + recording.stand_in(normed, ids, weights)[None]
         if torch.equal(ours, theirs):
             return LayerFusion(parts.attention_name, before, parts.block_name, behind)
     return None
-
-
-def _stand_in(layer: int, x: Tensor, ids: Tensor, weights: Tensor, gate: object) -> Tensor:
-    return recording.stand_in(x, ids, weights)
 
 
 class _FusedLayer:

@@ -412,7 +412,7 @@ class ModelRunner:
             expected = walk(batch)[0]
         self._bind(batch)
         rounding = min(0.05, 2**13 * torch.finfo(self.info.dtype).eps)
-        recorded_steps.check(steps, batch, expected, _stand_in, rounding=rounding)
+        recorded_steps.check(steps, batch, expected, recording.stand_in_experts, rounding=rounding)
         return steps
 
     def _trial_walk(self, batch: ForwardBatch) -> tuple[Tensor, ...]:
@@ -444,7 +444,7 @@ class ModelRunner:
         """Within it no expert is needed: what is computed in their place is cheap, and wrong. Steps
         that are recorded with their experts are not changed by it."""
         for experts in self._experts:
-            experts.compute = _stand_in
+            experts.compute = recording.stand_in_experts
         try:
             yield
         finally:
@@ -693,10 +693,6 @@ class ModelRunner:
         """Bytes reserved for the KV cache, and for states."""
         states = sum(state.nbytes for layer in self.kv.states for state in layer.values())
         return states + sum(part.nbytes for part in self.kv.parts)
-
-
-def _stand_in(layer: int, x: Tensor, ids: Tensor, weights: Tensor, gate: Gate) -> Tensor:
-    return recording.stand_in(x, ids, weights)
 
 
 def _attention_of(
