@@ -1,4 +1,8 @@
-"""Where the time of a decode step goes: kernels of one replay, by their total time.
+"""Where the time of a decode step goes: kernels of replays, by how far they move its end.
+
+Of kernels that begin before the one in front has ended, durations say little: so what counts is the
+*advance*, how far the end of each is behind the latest end before it. *gap*: the part of it in
+which no kernel ran.
 
 PYTHONPATH=src python tools/gpu/profile_decode.py [--layers 8] [--batch 1,64]
     [--shape qwen3-next | --gpt-oss none,mxfp4]
@@ -8,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -22,6 +27,7 @@ from flexpert.bench.gpu.model import RandomModel
 from flexpert.bench.model_shapes import DECODE_SHAPES
 
 CONTEXT = 512
+_REPLAYS = 7
 
 
 def main() -> None:
@@ -71,21 +77,45 @@ def profile(what: str, step: Callable[[], object]) -> None:
     torch.cuda.synchronize()
     took = (time.perf_counter() - began) / 20
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        step()
-        torch.cuda.synchronize()
+        for _ in range(_REPLAYS):
+            step()
+            torch.cuda.synchronize()
     show(seen, f"{what}: a step of {took * 1e6:.0f} us")
 
 
 def show(seen: torch.profiler.profile, what: str) -> None:
-    totals: dict[str, list[float]] = defaultdict(list)
-    for event in seen.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            totals[event.name].append(event.device_time)
-    whole = sum(map(sum, totals.values()))
-    print(f"{what}, {sum(map(len, totals.values()))} launches, {whole:.0f} us in kernels")
-    for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:24]:
-        each = f"{len(times):4d} x {sum(times) / len(times):6.2f}"
-        print(f"    {sum(times):8.1f} us  {each}  {name[:90]}")
+    """Of `_REPLAYS` steps, each of the same kernels."""
+    events = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in seen.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    each = len(events) // _REPLAYS
+    if each * _REPLAYS != len(events):
+        raise RuntimeError(f"{len(events)} launches in {_REPLAYS} steps")
+    rows: list[list[tuple[float, float, float]]] = [[] for _ in range(each)]
+    for begin in range(0, len(events), each):
+        latest = events[begin][0]
+        for at, (start, end, _) in enumerate(events[begin : begin + each]):
+            gap = max(0.0, start - latest)
+            rows[at].append((max(0.0, end - latest), gap, end - start))
+            latest = max(latest, end)
+    names = [name for _, _, name in events[:each]]
+    middle = [tuple(statistics.median(part) for part in zip(*row, strict=True)) for row in rows]
+    span, gaps, busy = (sum(part) for part in zip(*middle, strict=True))
+    print(
+        f"{what}, {each} launches, {span:.0f} us from the first to the last, {gaps:.0f} of them gaps"
+    )
+    print(f"    {busy:.0f} us in kernels; advance, gap, duration each:", flush=True)
+    totals: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    for name, found in zip(names, middle, strict=True):
+        totals[name].append(found)
+    for name, times in sorted(totals.items(), key=lambda item: -sum(t[0] for t in item[1]))[:24]:
+        advance, gap, took = (sum(part) / len(times) for part in zip(*times, strict=True))
+        print(
+            f"    {advance * len(times):8.1f} us  {len(times):4d} x {advance:6.2f} "
+            f"({gap:5.2f}, {took:6.2f})  {name[:90]}"
+        )
 
 
 if __name__ == "__main__":
