@@ -16,6 +16,7 @@ from flexpert.kernels.cuda.few_tokens import FewTokens
 from flexpert.kernels.cuda.mxfp4_few import FewRowsTiling
 from flexpert.kernels.cuda.prompt_attention import PromptTiling
 from flexpert.kernels.cuda.rotary import rotate_and_store
+from flexpert.kernels.cuda.some_tokens import SomeTokens
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
 
 BLOCK = 16
@@ -276,15 +277,20 @@ def addresses(tensors: list[Tensor]) -> Tensor:
     return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device="cuda")
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4])
-def test_a_layer_of_few_tokens_as_kernels_that_begin_early(tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [(FewTokens, 1), (FewTokens, 2), (SomeTokens, 3), (SomeTokens, 64), (SomeTokens, 131)],
+)
+def test_a_layer_as_kernels_that_begin_early(
+    kind: type[FewTokens] | type[SomeTokens], tokens: int
+) -> None:
     """Captured and replayed, with weights of several layers, so that one that read too early what
     another writes would be seen; sizes of Qwen3-30B-A3B."""
     hidden, heads, kv_heads, dim, experts, topk, inter = 2048, 32, 4, 128, 128, 8, 768
     layers, width = 3, 40
     bf16 = torch.bfloat16
-    few = FewTokens(torch.device("cuda"))
-    lengths = torch.tensor([513, 1, 640, 77][:tokens], dtype=torch.int32, device="cuda")
+    few = kind(torch.device("cuda"))
+    lengths = torch.tensor(([513, 1, 640, 77] * tokens)[:tokens], dtype=torch.int32, device="cuda")
     tables = torch.randperm(tokens * width, device="cuda").view(tokens, width).int()
     last = (lengths - 1).long()
     slots = tables.gather(1, (last // BLOCK)[:, None])[:, 0].long() * BLOCK + last % BLOCK
@@ -334,7 +340,17 @@ def test_a_layer_of_few_tokens_as_kernels_that_begin_early(tokens: int) -> None:
             normed, weights, ids = few.route(
                 between, norm_of(layer), layer["router"], None, topk, normalised=True, dtype=bf16
             )
-            given = few.experts(normed, ids, weights, slot_of, valid, up, down, inter, between)
+            if isinstance(few, FewTokens):
+                given = few.experts(normed, ids, weights, slot_of, valid, up, down, inter, between)
+            else:
+                rows = routing.sort_by_slot(ids, slot_of, valid, experts)
+                inner = normed.new_empty((tokens * topk, inter))
+                raised = products.grouped_product(
+                    normed, up, rows.offsets, inner, index=rows.token, gated=True
+                )
+                y = normed.new_empty((tokens * topk, hidden))
+                products.grouped_product(raised, down, rows.offsets, y)
+                given = routing.combine(y, rows.row, weights, torch.empty_like(x), between)
             found += [qkv, attended, between, ids, given]
         return found
 

@@ -38,6 +38,7 @@ from flexpert.kernels.cuda import absorbed_attention as absorbed
 from flexpert.kernels.cuda import (
     delta_rule,
     drafts,
+    few_tokens,
     fixed_attention,
     fixed_products,
     hopper_attention,
@@ -45,6 +46,7 @@ from flexpert.kernels.cuda import (
     mxfp4_few,
     prompt_attention,
     sampling,
+    some_tokens,
     state_space,
     states,
 )
@@ -55,7 +57,7 @@ TUNED = Tuning()
 PREPARED = (dispatch, combine, expert_major, lane_kernels, waiting, products, sampling)
 MODULES = (
     *PREPARED, absorbed, drafts, fixed_products, fixed_attention, mxfp4_few, hopper_attention,
-    prompt_attention, delta_rule, state_space, states, index_scores,
+    prompt_attention, delta_rule, state_space, states, index_scores, few_tokens, some_tokens,
 )  # fmt: skip
 MOST_SHARED = 227 * 1024  # bytes
 P64, P32, F32, BF16, I32, I64 = "*i64", "*i32", "*fp32", "*bf16", "i32", "i64"
@@ -212,6 +214,7 @@ def product(
     constants = dict(
         biases=None, EVEN=True, SLOTS=slots, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth,
         GATED=gated, INDEXED=True, FORMAT=packed.name if packed else None, PACKED=True, BIASED=False, SWAP=tiling.swap, PRECISION="tf32",
+        EARLY=0 if packed else 512, FOLLOWS=True,
     )  # fmt: skip
     if packed is None:
         constants["scales"] = None
@@ -261,6 +264,39 @@ def of_an_indexer(decode: bool) -> dict[str, tuple[Any, ...]]:
             dict(picked=P64, places=P32, counts=P32, most=I32) | where | sizes,
             dict(LANES=512) | how,
             4,
+        ),
+    }  # fmt: skip
+
+
+def some(rows: int) -> dict[str, tuple[Any, ...]]:
+    """A layer of Qwen3-30B-A3B's sizes with so many rows."""
+    tiling = some_tokens.SomeTiling()
+    common = dict(FOLLOWS=True, PRECISION="tf32")
+    wide = dict(COLUMNS=tiling.columns, ROWS=rows, DEPTH=tiling.depth, FETCHED=tiling.fetched)
+    types = dict(
+        x=BF16, weight=BF16, out=BF16, sums=F32, arrived=P32, rows=I32, N=I32, K=I32, part=I32
+    )
+    rotated = dict.fromkeys(
+        ("qkv", "cos", "sin", "query_norm", "key_norm", "key_cache", "value_cache", "out"), BF16
+    )
+    parts = dict(partial=F32, peaks=F32, sums=F32, arrived=P32)
+    sizes = dict(max_blocks=I32, splits=I32, scaling="fp32", eps="fp32")
+    return {
+        f"some {rows}: linear": (
+            "_project_some", types | dict(residual=BF16),
+            common | wide | dict(bias=None, PARTS=3, BIASED=False, ADDED=True), tiling.warps * (1 + (rows > 64)), tiling.stages,
+        ),
+        f"some {rows}: route": (
+            "_route_some",
+            dict(x=BF16, norm=BF16, weight=BF16, normed=BF16, sums=F32, weights=BF16, ids=P64, arrived=P32, rows=I32, eps="fp32"),
+            common | dict(bias=None, K=2048, EXPERTS=128, EXPERTS_PAD=128, PARTS=8, PART=256, ROWS=16, CHUNK=1024,
+                          TOPK=8, TOPK_PAD=8, EARLY=True, BIASED=False, NORMALISED=True), 8,
+        ),
+        f"some {rows}: attention": (
+            "_attend_few",
+            rotated | parts | sizes | dict(slot_mapping=P64, context_len=P32, block_tables=P32),
+            common | dict(sinks=None, BLOCK=16, KV_HEADS=4, GROUP=8, DIM=128, DIM_PAD=128, ROWS=16, KEYS=64, SPLITS=2,
+                          ANGLES=128, NORMED=True, EARLY=True, WINDOW=0, SINKS=False), 4,
         ),
     }  # fmt: skip
 
@@ -537,7 +573,7 @@ def usual_cases() -> dict[str, tuple[Any, ...]]:
     for dim, split, by_hand in itertools.product((64, 128), (False, True), (False, True)):
         kind = f"prompts {dim}{' split' if split else ''}{' Hopper' if by_hand else ''}"
         cases[kind] = attention_of_prompts(dim, split, by_hand)
-    cases |= states_in_place()
+    cases |= states_in_place() | some(16) | some(64) | some(128)
     for gated in (False, True):
         cases[f"few rows {'gated' if gated else 'down'}"] = ("_few_rows", *few_rows(gated))
     return cases

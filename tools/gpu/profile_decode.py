@@ -103,10 +103,8 @@ def show(seen: torch.profiler.profile, what: str) -> None:
     names = [name for _, _, name in events[:each]]
     middle = [tuple(statistics.median(part) for part in zip(*row, strict=True)) for row in rows]
     span, gaps, busy = (sum(part) for part in zip(*middle, strict=True))
-    print(
-        f"{what}, {each} launches, {span:.0f} us from the first to the last, {gaps:.0f} of them gaps"
-    )
-    print(f"    {busy:.0f} us in kernels; advance, gap, duration each:", flush=True)
+    print(f"{what}, {each} launches, {span:.0f} us of which {gaps:.0f} are gaps")
+    print(f"    {busy:.0f} us in kernels; advance (gap, duration) of each:", flush=True)
     totals: dict[str, list[tuple[float, ...]]] = defaultdict(list)
     for name, found in zip(names, middle, strict=True):
         totals[name].append(found)

@@ -290,7 +290,8 @@ class FewTokenKernels(Protocol):
 class Fusions:
     """What takes the place of whole modules where launches cost more than their work.
 
-    few: of whole layers, in steps of `few_tokens` tokens at most; None: nothing.
+    few: of whole layers, in steps of `few_tokens` tokens at most; some: in those of more, but
+    `some_tokens` at most. None: nothing.
     """
 
     attend: AttendKernel
@@ -298,6 +299,8 @@ class Fusions:
     choose_experts: ChooseKernel
     few: FewTokenKernels | None = None
     few_tokens: int = 0
+    some: FewTokenKernels | None = None
+    some_tokens: int = 0
 
 
 class RowKernel(Protocol):
@@ -388,14 +391,15 @@ def gpu_kernels(device: torch.device) -> Kernels:
         absorbed_attention,
         attention,
         delta_rule,
+        few_tokens,
         index_scores,
         norm,
         rotary,
         router,
+        some_tokens,
         state_space,
         states,
     )
-    from flexpert.kernels.cuda.few_tokens import MOST_TOKENS, FewTokens
 
     return Kernels(
         attention.paged_attention,
@@ -404,8 +408,10 @@ def gpu_kernels(device: torch.device) -> Kernels:
             attention.attend,
             rotary.rotate_and_store,
             router.choose_experts,
-            few=FewTokens(device),
-            few_tokens=MOST_TOKENS,
+            few=few_tokens.FewTokens(device),
+            few_tokens=few_tokens.MOST_TOKENS,
+            some=some_tokens.SomeTokens(device),
+            some_tokens=some_tokens.MOST_TOKENS,
         ),
         latents=LatentKernels(
             absorbed_attention.store_latents, absorbed_attention.attend_latents, attention.attend

@@ -44,7 +44,7 @@ def fuse_layers(
         attempt = functools.partial(_try_layer, module, parts)
         fusion = ledger.settle(name, module, LayerFusion, attempt)
         if fusion is not None and parts.named(fusion):
-            vars(module)["forward"] = _FusedLayer(module, parts, fusion, kernels, kernels.few)
+            vars(module)["forward"] = _FusedLayer(module, parts, fusion, kernels)
     return ledger.found
 
 
@@ -173,7 +173,6 @@ class _FusedLayer:
         parts: _Parts,
         fusion: LayerFusion,
         usual: Fusions,
-        kernels: FewTokenKernels,
     ) -> None:
         self._layer = layer
         self._parts = parts
@@ -184,13 +183,13 @@ class _FusedLayer:
         self._before = before.weight, before.eps, before.early
         self._behind = behind.weight, behind.eps, behind.early
         self._usual = usual
-        self._kernels = kernels
-        self._most = usual.few_tokens
 
     def __call__(self, hidden_states: Tensor, *others: Any, **rest: Any) -> Tensor:
         rotation = rest.get("position_embeddings")
         if not others and rotation is not None and self._takes(hidden_states, rotation):
-            return self._few(hidden_states[0], rotation)[None]
+            kernels = self._kernels_of(hidden_states.shape[1])
+            if kernels is not None:
+                return self._by(kernels, hidden_states[0], rotation)[None]
         result: Tensor = type(self._layer).forward(self._layer, hidden_states, *others, **rest)
         return result
 
@@ -198,21 +197,28 @@ class _FusedLayer:
         attention, batch = self._parts.attention, self._parts.attention.binding.batch
         tokens = hidden.shape[1]
         return (
-            0 < tokens <= self._most
-            and batch is not None
+            batch is not None
             and tokens == batch.slot_mapping.shape[0] == batch.block_tables.shape[0]
             and hidden.dtype == attention.front.weight.dtype
             and rotation[0].shape[-1] == attention.angles
             and recording.current() is None
         )
 
-    def _few(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def _kernels_of(self, tokens: int) -> FewTokenKernels | None:
+        usual = self._usual
+        if not tokens:
+            return None
+        if tokens <= usual.few_tokens:
+            return usual.few
+        return usual.some if tokens <= usual.some_tokens else None
+
+    def _by(self, kernels: FewTokenKernels, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """[tokens, hidden], contiguous."""
-        kernels, router = self._kernels, self._parts.router
+        router = self._parts.router
         front = self._parts.attention.front
         x = x.contiguous()
         qkv = kernels.project(x, front.weight, front.bias, norm=self._before)
-        attended = self._attend(qkv.view(x.shape[0], -1, front.dim), rotation)
+        attended = self._attend(kernels, qkv.view(x.shape[0], -1, front.dim), rotation)
         output = self._output
         x = kernels.project(attended, output.weight, output.bias, residual=x)
         normed, weights, ids = kernels.route(
@@ -233,7 +239,9 @@ class _FusedLayer:
         sums: Tensor = experts.compute(experts.layer, normed, ids, weights, gate)
         return x + sums
 
-    def _attend(self, qkv: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def _attend(
+        self, kernels: FewTokenKernels, qkv: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> Tensor:
         """qkv: [tokens, heads + 2 * kv_heads, dim] → [tokens, heads * dim]."""
         attention = self._parts.attention
         front, binding, batch = attention.front, attention.binding, attention.binding.batch
@@ -251,7 +259,7 @@ class _FusedLayer:
         }
         context, tables = batch.context_len, batch.block_tables
         if not batch.shares:
-            return self._kernels.attend(
+            return kernels.attend(
                 qkv, cos, sin, slots, keys, values, context, tables, **normed, **how
             )
         query = self._usual.rotate_and_store(qkv, cos, sin, slots, keys, values, **normed)

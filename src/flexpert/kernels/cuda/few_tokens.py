@@ -6,8 +6,7 @@ as the reading. So what stands between two products is computed by the programs 
 each for itself, and the kernels are launched as each other's programmatic dependents: a program
 asks for its weights first and only then waits for the kernel before.
 
-What may be read ahead of that wait was written at the latest by the kernel before the one before:
-each kernel lets the next one begin only after its own wait.
+What may be read ahead of that wait, `dependents` says.
 """
 
 # Triton reads these functions: constants are in capitals, and nothing is annotated but constants.
@@ -23,10 +22,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flexpert.comm.interpreter import INTERPRETED
 from flexpert.kernels.cuda.attention_parts import LOG2_E, splits_of
+from flexpert.kernels.cuda.dependents import await_previous, following
 from flexpert.kernels.step_shapes import FEW_TOKENS
 
 MOST_TOKENS: Final = FEW_TOKENS
@@ -51,14 +49,6 @@ class FewTiling:
         """Rows of a weight, of so many elements each, that a warp takes; a power of two."""
         fitting = max(1, self.elements // depth)
         return 1 << fitting.bit_length() - 1
-
-
-@triton.jit
-def _begin(FOLLOWS: tl.constexpr):
-    """What the kernel before has written may be read, and the next kernel may begin."""
-    if FOLLOWS:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit
@@ -118,7 +108,7 @@ def _project(
     w = _chunks(weight + column.to(tl.int64)[:, None] * K, there[:, None], K)
     if NORMED:
         scale = _chunks(norm + one, one == 0, K)
-    _begin(FOLLOWS)
+    await_previous(FOLLOWS)
     for token in tl.static_range(TOKENS):
         row = _chunks(x + token * K + one, one == 0, K)
         if NORMED:
@@ -209,7 +199,7 @@ def _merged(
 
 
 @triton.jit(do_not_specialize=["max_blocks", "splits"])
-def _attend(
+def _attend_few(
     qkv, cos, sin, query_norm, key_norm, slot_mapping, key_cache, value_cache, context_len,
     block_tables, sinks, out, partial, peaks, sums, arrived, max_blocks, splits, scaling, eps,
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
@@ -238,7 +228,7 @@ def _attend(
             PRECISION, FOLLOWS,
         )  # fmt: skip
     else:
-        _begin(FOLLOWS)
+        await_previous(FOLLOWS)
 
 
 @triton.jit
@@ -269,7 +259,7 @@ def _attend_split(
     seen = ok[:, None] & (d < DIM)[None, :]
     k = tl.load(key_cache + place, mask=seen, other=0.0)
     v = tl.load(value_cache + place, mask=seen, other=0.0)
-    _begin(FOLLOWS)
+    await_previous(FOLLOWS)
 
     r = tl.arange(0, ROWS)
     head = kv_head * GROUP + r
@@ -358,7 +348,7 @@ def _route(
     one = tl.zeros((1, 1), tl.int32)
     w = _chunks(weight + column[:, None] * K, there[:, None], K)
     scale = _chunks(norm + one, one == 0, K)
-    _begin(FOLLOWS)
+    await_previous(FOLLOWS)
     for token in tl.static_range(TOKENS):
         row = _normed(_chunks(x + token * K + one, one == 0, K), scale, eps, K, EARLY)
         if program == 0:
@@ -426,7 +416,7 @@ def _raise(
     there = column < N
     element = x.dtype.element_ty
     one = tl.zeros((1, 1), tl.int32)
-    _begin(FOLLOWS)
+    await_previous(FOLLOWS)
     slot = _expert_of(ids, slot_of, valid, token, pair, EXPERTS)
     if slot >= 0:
         weight = tl.multiple_of(tl.load(table + slot).to(tl.pointer_type(element)), 16)
@@ -462,7 +452,7 @@ def _lower(
     at = tl.multiple_of(weight, 16) + column * K
     w = _chunks(at[:, None], (counts & (column < N))[:, None], K)
     factor = tl.load(weights + pair, mask=counts, other=0.0).to(tl.float32)
-    _begin(FOLLOWS)
+    await_previous(FOLLOWS)
     row = _chunks((hidden + pair * K)[:, None], counts[:, None], K)
     y = _dot(w, row).to(element).to(tl.float32) * factor
     total = tl.sum(tl.reshape(y, (COLUMNS, TOPK_PAD)), 1).to(element).to(tl.float32)
@@ -488,7 +478,7 @@ class FewTokens:
         """device: of all tensors; what is needed of its memory is taken now."""
         self._tiling = tiling or FewTiling()
         self._arrived = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
-        self._follows = device.type == "cuda" and follows(torch.cuda.get_device_capability(device))
+        self._launched = following(device)
 
     def project(
         self,
@@ -558,7 +548,7 @@ class FewTokens:
         peaks, sums = torch.empty((2, *shape), dtype=torch.float32, device=qkv.device)
         query_norm, key_norm = norms or (cos, cos)
         self._launch(
-            _attend, (tokens, kv_heads, splits),
+            _attend_few, (tokens, kv_heads, splits),
             qkv, cos, sin, query_norm, key_norm, slot_mapping, key_cache, value_cache, context_len,
             block_tables, sinks, out, partial, peaks, sums, self._arrived[1:],
             block_tables.shape[1], splits, scaling, eps,
@@ -658,16 +648,10 @@ class FewTokens:
         self, kernel: Any, grid: tuple[int, ...], *args: Any, warps: int = 1, **constants: Any
     ) -> None:
         """warps: of a program. One needs no other's sums, and no barrier."""
-        options = {} if INTERPRETED else {"launch_pdl": self._follows}
-        kernel[grid](*args, **constants, FOLLOWS=self._follows, num_warps=warps, **options)
+        kernel[grid](*args, **constants, num_warps=warps, **self._launched)
 
 
 def fits(hidden: int, inter: int, topk: int) -> bool:
     """Whether `FewTokens.experts` has experts of this size: a warp takes a column of all that a
     token has chosen."""
     return hidden <= MOST_DEPTH and int(triton.next_power_of_2(topk)) * inter <= MOST_DEPTH
-
-
-def follows(capability: tuple[int, int]) -> bool:
-    """Whether a GPU launches kernels as each other's programmatic dependents."""
-    return capability >= (9, 0)

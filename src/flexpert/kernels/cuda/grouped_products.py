@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexpert.kernels import block_fp8 as fp8
+from flexpert.kernels.cuda.dependents import await_previous, fetch_early, following
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 from flexpert.kernels.cuda.mxfp4_few import few_rows_product, fits
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
@@ -31,6 +32,9 @@ class ProductTiling:
     waves: programs for each multiprocessor, which take several tiles; 0: one for each tile.
 
     swap: weights are the left operand, whose 64 rows the tensor cores of Hopper take at once.
+
+    early: bytes of each row of a weight that a program asks for before the kernel in front has
+    ended, where it may be launched so early.
     """
 
     rows: int
@@ -40,6 +44,7 @@ class ProductTiling:
     stages: int
     swap: bool
     waves: int = 0
+    early: int = 0
 
 
 @triton.jit
@@ -176,9 +181,26 @@ def _product(
     BIASED: tl.constexpr,
     SWAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
-    """out[r] = x[index[r]] · W[slot of r]ᵀ; GATED: silu of the first N columns times the rest."""
+    """out[r] = x[index[r]] · W[slot of r]ᵀ; GATED: silu of the first N columns times the rest.
+
+    EARLY: so many bytes of each row of a weight are asked for before it is known who needs it, as
+    if each slot had one tile of rows; 0: none are.
+    """
     lane = tl.arange(0, SLOTS)
+    if FOLLOWS and EARLY > 0:
+        across = (N + COLUMNS - 1) // COLUMNS
+        likely = tl.program_id(0) // across
+        first = tl.load(weights + likely, mask=likely < slots, other=0)
+        ahead = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
+        nbytes = tl.where((first != 0) & (ahead < N), EARLY, 0)
+        pointer = first.to(tl.pointer_type(x.dtype.element_ty)) + ahead.to(tl.int64) * K
+        fetch_early(pointer, nbytes)
+        if GATED:
+            fetch_early(pointer + N * K, nbytes)
+    await_previous(FOLLOWS)
     begins = tl.load(offsets + lane, mask=lane < slots, other=0)
     ends = tl.load(offsets + lane + 1, mask=lane < slots, other=0)
     row_tiles = (ends - begins + ROWS - 1) // ROWS
@@ -434,6 +456,9 @@ def grouped_product(
         tiling = choose(expected, slots, gated=gated, packed=packed, dtype=x.dtype)
     if packed is FP8 and fp8.BLOCK % tiling.depth:
         raise ValueError(f"a tile {tiling.depth} deep crosses blocks of {fp8.BLOCK} with scales")
+    early = 0
+    if packed is None and tiling.swap and depth * x.element_size() % 16 == 0:
+        early = min(tiling.early, depth * x.element_size())
     # a tile that is not full belongs to a slot of its own
     bound = launched // tiling.rows + min(slots, launched)
     programs = bound * triton.cdiv(columns, tiling.columns)
@@ -464,6 +489,8 @@ def grouped_product(
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=tiling.warps,
         num_stages=tiling.stages,
+        EARLY=early,
+        **following(x.device),
         enable_fp_fusion=not deterministic,  # each tiling would fuse what it likes
     )
     return out

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexpert.kernels.cuda.dependents import await_previous, following
+
 _ELEMENTS = 2048  # of a program: short rows share one
 
 
@@ -21,17 +23,19 @@ def _rms_norm(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     EARLY: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     ok = (row < rows) & (column < N)
     where = row.to(tl.int64) * N + column
+    scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
+    await_previous(FOLLOWS)
     value = tl.load(x + where, mask=ok, other=0.0).to(tl.float32)
     mean = tl.sum(value * value, 1) / N
     value = value * tl.rsqrt(mean + eps)[:, None]
     if EARLY:
         value = value.to(y.dtype.element_ty).to(tl.float32)
-    scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
     tl.store(y + where, (value * scale).to(y.dtype.element_ty), mask=ok)
 
 
@@ -72,5 +76,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool) -> Tensor:
         ROWS=together,
         EARLY=early,
         num_warps=8 if columns * together > _ELEMENTS else 4,
+        **following(x.device),
     )
     return y

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexpert.kernels.cuda.dependents import await_previous, following
+
 SINGLE = 4096
 """Choices up to which one program sorts all of them; more are shared among many."""
 
@@ -58,24 +60,21 @@ def _sort_alone(
     TOPK: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
+    await_previous(FOLLOWS)
     lane = tl.arange(0, SLOTS)
-    count = tl.zeros((SLOTS,), tl.int32)
-    for start in range(0, choices, CHUNK):
-        i = start + tl.arange(0, CHUNK)
-        slot, ok = _slots_of(ids, slot_of, valid, i, choices, experts, TOPK)
-        count += tl.histogram(slot, SLOTS, mask=ok)
+    i = tl.arange(0, CHUNK)
+    slot, ok = _slots_of(ids, slot_of, valid, i, choices, experts, TOPK)
+    count = tl.histogram(slot, SLOTS, mask=ok)
     past = tl.cumsum(count, 0)
     tl.store(cursor + lane, past - count)
     tl.store(offsets + lane + 1, past, mask=lane < slots)
     tl.store(offsets + lane, tl.zeros((SLOTS,), tl.int32), mask=lane == 0)
     tl.debug_barrier()
-    for start in range(0, choices, CHUNK):
-        i = start + tl.arange(0, CHUNK)
-        slot, ok = _slots_of(ids, slot_of, valid, i, choices, experts, TOPK)
-        place = tl.atomic_add(cursor + slot, 1, mask=ok, sem="relaxed")
-        tl.store(token + place, i // TOPK, mask=ok)
-        tl.store(row + i, tl.where(ok, place, -1), mask=i < choices)
+    place = tl.atomic_add(cursor + slot, 1, mask=ok, sem="relaxed")
+    tl.store(token + place, i // TOPK, mask=ok)
+    tl.store(row + i, tl.where(ok, place, -1), mask=i < choices)
 
 
 @triton.jit(do_not_specialize=["choices", "experts"])
@@ -89,7 +88,9 @@ def _count(
     TOPK: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
+    await_previous(FOLLOWS)
     i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     slot, ok = _slots_of(ids, slot_of, valid, i, choices, experts, TOPK)
     count = tl.histogram(slot, SLOTS, mask=ok)
@@ -112,7 +113,9 @@ def _scatter(
     TOPK: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
+    await_previous(FOLLOWS)
     lane = tl.arange(0, SLOTS)
     past = tl.cumsum(tl.load(counts + lane), 0)
     begin = past - tl.load(counts + lane)
@@ -131,11 +134,15 @@ def _combine(
     y,
     row,
     weights,
+    residual,
     out,
     hidden,
     TOPK: tl.constexpr,
     WIDTH: tl.constexpr,
+    ADDED: tl.constexpr,
+    FOLLOWS: tl.constexpr,
 ):
+    await_previous(FOLLOWS)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     ok = column < hidden
@@ -146,7 +153,11 @@ def _combine(
         width = tl.where(place >= 0, hidden, 0)
         part = tl.load(y + place * hidden + column, mask=column < width, other=0.0)
         total += weight * part.to(tl.float32)
-    tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), mask=ok)
+    total = total.to(out.dtype.element_ty)
+    if ADDED:
+        before = tl.load(residual + token * hidden + column, mask=ok, other=0.0)
+        total = (total.to(tl.float32) + before.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + token * hidden + column, total, mask=ok)
 
 
 def sort_by_slot(expert_ids: Tensor, slot_of: Tensor, valid: Tensor, slots: int) -> SortedRows:
@@ -167,7 +178,7 @@ def sort_by_slot(expert_ids: Tensor, slot_of: Tensor, valid: Tensor, slots: int)
         torch.empty(choices, dtype=torch.int32, device=device),
         torch.empty((tokens, topk), dtype=torch.int32, device=device),
     )
-    common = {"TOPK": topk, "SLOTS": power}
+    common = {"TOPK": topk, "SLOTS": power, **following(device)}
     experts = slot_of.shape[0]
     if choices <= SINGLE:
         cursor = torch.empty(power, dtype=torch.int32, device=device)
@@ -183,8 +194,8 @@ def sort_by_slot(expert_ids: Tensor, slot_of: Tensor, valid: Tensor, slots: int)
             experts,
             slots,
             **common,
-            CHUNK=min(_CHUNK, max(32, triton.next_power_of_2(choices))),
-            num_warps=8 if choices > 256 else 4,
+            CHUNK=max(32, triton.next_power_of_2(choices)),
+            num_warps=max(4, min(32, triton.next_power_of_2(choices) // 64)),
         )
         return result
     counts = torch.zeros((2, power), dtype=torch.int32, device=device)
@@ -211,7 +222,9 @@ def sort_by_slot(expert_ids: Tensor, slot_of: Tensor, valid: Tensor, slots: int)
     return result
 
 
-def combine(y: Tensor, row: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+def combine(
+    y: Tensor, row: Tensor, weights: Tensor, out: Tensor, residual: Tensor | None = None
+) -> Tensor:
     """out[t] = Σ_k weights[t, k] · y[row[t, k]], in float32 and the order of k: with the bits of a
     combine that sums at home (`comm.cuda.combine_kernels.reduce`).
 
@@ -220,6 +233,7 @@ def combine(y: Tensor, row: Tensor, weights: Tensor, out: Tensor) -> Tensor:
         row: [tokens, k] int32; -1 = nothing.
         weights: [tokens, k] float, contiguous.
         out: [tokens, hidden] of any float dtype, contiguous.
+        residual: of its shape and dtype, contiguous; added to the rounded sums. None: nothing is.
 
     Returns:
         out.
@@ -229,7 +243,7 @@ def combine(y: Tensor, row: Tensor, weights: Tensor, out: Tensor) -> Tensor:
         return out
     width = min(1024, triton.next_power_of_2(hidden))
     _combine[(tokens, triton.cdiv(hidden, width))](
-        y, row, weights, out, hidden, TOPK=row.shape[1], WIDTH=width, num_warps=4,
-        enable_fp_fusion=False,
+        y, row, weights, residual, out, hidden, TOPK=row.shape[1], WIDTH=width,
+        ADDED=residual is not None, num_warps=4, enable_fp_fusion=False, **following(y.device),
     )  # fmt: skip
     return out

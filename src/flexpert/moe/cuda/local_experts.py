@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flexpert.kernels.cuda.device_experts import DeviceExperts, SlotAddresses, StagedExperts
-from flexpert.kernels.cuda.few_tokens import FewTokens
+from flexpert.kernels.cuda.few_tokens import MOST_TOKENS, FewTokens
 from flexpert.kernels.cuda.row_sorting import combine, sort_by_slot
 from flexpert.kernels.experts import ExpertShape, Gate
 from flexpert.moe.moe_layers import LayerState
@@ -100,6 +100,17 @@ class LocalExperts:
         Returns:
             [T, hidden] in x's dtype.
         """
+        return self._forward(layer, x, expert_ids, weights, None, apply_gate)
+
+    def _forward(
+        self,
+        layer: int,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor,
+        residual: Tensor | None,
+        apply_gate: Gate,
+    ) -> Tensor:
         self.walked += 1
         out = torch.empty_like(x)
         if x.shape[0] == 0:
@@ -107,7 +118,7 @@ class LocalExperts:
         experts = self._experts
         rows = sort_by_slot(expert_ids, self._slot_of[layer], self._tokens, experts.slots)
         y = experts.compute(layer, x, rows.token, rows.offsets, rows.token.shape[0], apply_gate)
-        return combine(y, rows.row, weights, out)
+        return combine(y, rows.row, weights, out, residual)
 
     def forward_added(
         self,
@@ -119,10 +130,12 @@ class LocalExperts:
         apply_gate: Gate,
     ) -> Tensor | None:
         """As `AddingMoELayers.forward_added`."""
-        if self._few is None or not self._experts.takes_few(expert_ids.shape[1], apply_gate):
+        if self._few is None:
             return None
-        self.walked += 1
         experts = self._experts
+        if x.shape[0] > MOST_TOKENS or not experts.takes_few(expert_ids.shape[1], apply_gate):
+            return self._forward(layer, x, expert_ids, weights, residual, apply_gate)
+        self.walked += 1
         return self._few.experts(
             x,
             expert_ids,
