@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexpert.kernels.cuda.attention_parts import LOG2_E, splits_of
-from flexpert.kernels.cuda.dependents import await_previous, following
+from flexpert.kernels.cuda.dependents import await_previous, fetch_early, following
 from flexpert.kernels.step_shapes import FEW_TOKENS
 
 MOST_TOKENS: Final = FEW_TOKENS
@@ -406,10 +406,12 @@ def _expert_of(ids, slot_of, valid, token, pair, EXPERTS: tl.constexpr):
 
 @triton.jit
 def _raise(
-    x, ids, slot_of, valid, table, out, N,
+    x, ids, slot_of, valid, table, lower, out, N, share,
     K: tl.constexpr, COLUMNS: tl.constexpr, TOPK: tl.constexpr,
     EXPERTS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
+    """lower: addresses of the weights of the next product, [K, N]. All programs of a pair ask for
+    these, each lane of each for `share` bytes, behind its own."""
     pair = tl.program_id(1)
     token = pair // TOPK
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -423,6 +425,14 @@ def _raise(
         at = weight + column[:, None] * K
         gate = _chunks(at, there[:, None], K)
         raised = _chunks(at + N * K, there[:, None], K)
+        if FOLLOWS:
+            lane = tl.program_id(0) * 32 + tl.arange(0, 32)
+            first = lane.to(tl.int64) * share
+            nbytes = N.to(tl.int64) * K * (element.primitive_bitwidth // 8)
+            fetch_early(
+                (tl.load(lower + slot) + first).to(tl.pointer_type(element)),
+                tl.maximum(tl.minimum(share, nbytes - first), 0).to(tl.int32),
+            )
         row = _chunks(x + token * K + one, one == 0, K)
         a = _dot(gate, row)
         b = _dot(raised, row)
@@ -442,7 +452,7 @@ def _lower(
     choice = lane % TOPK_PAD
     column = tl.program_id(0) * COLUMNS + lane // TOPK_PAD
     pair = token * TOPK + choice
-    # the choices are older than the kernel before
+    # the choices and the residual are older than the kernel before
     counts = (choice < TOPK) & (token < tl.load(valid))
     expert = tl.load(ids + pair, mask=counts, other=-1)
     counts = counts & (expert >= 0) & (expert < EXPERTS)
@@ -452,13 +462,14 @@ def _lower(
     at = tl.multiple_of(weight, 16) + column * K
     w = _chunks(at[:, None], (counts & (column < N))[:, None], K)
     factor = tl.load(weights + pair, mask=counts, other=0.0).to(tl.float32)
+    across = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    where = token * N + across
+    before = tl.load(residual + where, mask=across < N, other=0.0).to(tl.float32)
     await_previous(FOLLOWS)
     row = _chunks((hidden + pair * K)[:, None], counts[:, None], K)
     y = _dot(w, row).to(element).to(tl.float32) * factor
     total = tl.sum(tl.reshape(y, (COLUMNS, TOPK_PAD)), 1).to(element).to(tl.float32)
-    across = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    where = token * N + across
-    total += tl.load(residual + where, mask=across < N, other=0.0).to(tl.float32)
+    total += before
     tl.store(out + where, total.to(element), mask=across < N)
 
 
@@ -613,7 +624,7 @@ class FewTokens:
     ) -> Tensor:
         """What the chosen experts give, a SwiGLU each, + residual.
 
-        The router's choice is that of `route`, launched just before.
+        The router's choice is that of `route`, launched just before, and residual is older.
 
         Args:
             x, residual: [T, hidden].
@@ -629,9 +640,11 @@ class FewTokens:
         topk = ids.shape[1]
         raised = x.new_empty((tokens * topk, inter))
         columns = self._tiling.columns(2 * hidden)
+        programs = triton.cdiv(inter, columns)
+        share = 16 * triton.cdiv(hidden * inter * x.element_size(), 16 * 32 * programs)
         self._launch(
-            _raise, (triton.cdiv(inter, columns), tokens * topk),
-            x, ids, slot_of, valid, up, raised, inter,
+            _raise, (programs, tokens * topk),
+            x, ids, slot_of, valid, up, down, raised, inter, share,
             K=hidden, COLUMNS=columns, TOPK=topk, EXPERTS=slot_of.shape[0],
         )  # fmt: skip
         out = torch.empty_like(x)
