@@ -208,7 +208,17 @@ def product(
         tiling = products.choose_fixed(each * slots, slots, gated=gated)
     else:
         tiling = products.choose(each * slots, slots, gated=gated, packed=packed)
-    types = dict(x=BF16, index=P32, weights=P64, offsets=P32, out=BF16, slots=I32, K=I32, N=I32)
+    types = dict(
+        x=BF16,
+        index=P32,
+        weights=P64,
+        offsets=P32,
+        out=BF16,
+        slots=I32,
+        K=I32,
+        N=I32,
+        first_programs=I32,
+    )
     if packed is not None:
         types["scales"] = P64
     constants = dict(
@@ -296,7 +306,7 @@ def some(rows: int) -> dict[str, tuple[Any, ...]]:
             "_attend_few",
             rotated | parts | sizes | dict(slot_mapping=P64, context_len=P32, block_tables=P32),
             common | dict(sinks=None, BLOCK=16, KV_HEADS=4, GROUP=8, DIM=128, DIM_PAD=128, ROWS=16, KEYS=64, SPLITS=2,
-                          ANGLES=128, NORMED=True, EARLY=True, WINDOW=0, SINKS=False), 4,
+                          ANGLES=128, NORMED=True, EARLY=True, WINDOW=0, SINKS=False, FETCHED=True), 4,
         ),
     }  # fmt: skip
 

@@ -87,8 +87,8 @@ class AddingMoELayers(MoELayers, Protocol):
     ) -> Tensor | None:
         """`MoELayers.forward` + residual, [T, hidden]; None: not of such experts.
 
-        x, expert_ids and weights were computed by the last kernel but those of this call, residual by
-        an older one.
+        x, expert_ids and weights were computed by the last kernel but those of this call, residual
+        by an older one.
         """
         ...
 

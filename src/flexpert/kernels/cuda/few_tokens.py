@@ -39,11 +39,13 @@ CHUNK: Final = tl.constexpr(256)  # what the lanes of a warp load at once, 16 by
 @dataclass(frozen=True, slots=True)
 class FewTiling:
     """elements: of a weight that a program of a product takes, about; it is one warp. keys: of
-    attention that a program looks at in one go; warps: of such a program."""
+    attention that a program looks at in one go; warps: of such a program. fetched: whether it asks
+    for all of its other keys as well before it begins."""
 
     elements: int = 4096
     keys: int = 128
     warps: int = 8
+    fetched: bool = False
 
     def columns(self, depth: int) -> int:
         """Rows of a weight, of so many elements each, that a warp takes; a power of two."""
@@ -205,7 +207,7 @@ def _attend_few(
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     ANGLES: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, FETCHED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
@@ -225,10 +227,27 @@ def _attend_few(
             partial, peaks, sums, arrived, blocks, context, low + split * share,
             tl.minimum(high, low + split * share + share), used, scaling, eps, BLOCK, KV_HEADS,
             GROUP, DIM, DIM_PAD, ROWS, KEYS, SPLITS, ANGLES, NORMED, EARLY, WINDOW, SINKS,
-            PRECISION, FOLLOWS,
+            PRECISION, FETCHED, FOLLOWS,
         )  # fmt: skip
     else:
         await_previous(FOLLOWS)
+
+
+@triton.jit
+def _fetch_keys(
+    key_cache, value_cache, blocks, kv_head, n, end,
+    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Keys and values of the tiles from n [KEYS] on are asked for."""
+    size: tl.constexpr = DIM * (key_cache.dtype.element_ty.primitive_bitwidth // 8)
+    for _ in range(tl.min(n, 0), end, KEYS):
+        ok = n < end
+        block = tl.load(blocks + n // BLOCK, mask=ok, other=0).to(tl.int64)
+        place = ((block * BLOCK + n % BLOCK) * KV_HEADS + kv_head) * DIM
+        nbytes = tl.where(ok, size, 0)
+        fetch_early(key_cache + place, nbytes)
+        fetch_early(value_cache + place, nbytes)
+        n += KEYS
 
 
 @triton.jit
@@ -238,7 +257,7 @@ def _attend_split(
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     ANGLES: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, FETCHED: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys from low to high, and the token's own with the first; `used`: programs that
     have some."""
@@ -259,6 +278,11 @@ def _attend_split(
     seen = ok[:, None] & (d < DIM)[None, :]
     k = tl.load(key_cache + place, mask=seen, other=0.0)
     v = tl.load(value_cache + place, mask=seen, other=0.0)
+    if FOLLOWS and FETCHED:
+        _fetch_keys(
+            key_cache, value_cache, blocks, kv_head, (low + 1) * KEYS + lane,
+            tl.minimum(high * KEYS, context - 1), BLOCK, KV_HEADS, DIM, KEYS,
+        )  # fmt: skip
     await_previous(FOLLOWS)
 
     r = tl.arange(0, ROWS)
@@ -568,6 +592,7 @@ class FewTokens:
             ROWS=max(16, triton.next_power_of_2(heads // kv_heads)), KEYS=keys, SPLITS=splits,
             ANGLES=cos.shape[1], NORMED=norms is not None, EARLY=early, WINDOW=window,
             SINKS=sinks is not None, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
+            FETCHED=self._tiling.fetched and dim * qkv.element_size() % 16 == 0,
             warps=self._tiling.warps,
         )  # fmt: skip
         return out

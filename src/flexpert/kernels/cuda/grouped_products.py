@@ -157,7 +157,7 @@ def _mxfp4_tile(
     return tl.reshape(tl.join(low, high), (codes.shape[0], DEPTH))
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["slots", "first_programs"])
 def _product(
     x,
     index,
@@ -169,6 +169,7 @@ def _product(
     slots,
     K,
     N,
+    first_programs,
     EVEN: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -186,11 +187,11 @@ def _product(
 ):
     """out[r] = x[index[r]] · W[slot of r]ᵀ; GATED: silu of the first N columns times the rest.
 
-    EARLY: so many bytes of each row of a weight are asked for before it is known who needs it, as
-    if each slot had one tile of rows; 0: none are.
+    EARLY: the first programs ask for so many bytes of each row of a weight before it is known who
+    needs it, as if each slot had one tile of rows; 0: they do not.
     """
     lane = tl.arange(0, SLOTS)
-    if FOLLOWS and EARLY > 0:
+    if FOLLOWS and EARLY > 0 and tl.program_id(0) < first_programs:
         across = (N + COLUMNS - 1) // COLUMNS
         likely = tl.program_id(0) // across
         first = tl.load(weights + likely, mask=likely < slots, other=0)
@@ -475,6 +476,7 @@ def grouped_product(
         slots,
         depth,
         columns,
+        multiprocessor_count(x.device, interpreted=2),
         EVEN=depth % tiling.depth == 0,
         SLOTS=triton.next_power_of_2(slots),
         ROWS=tiling.rows,

@@ -197,7 +197,7 @@ class SomeTokens:
         self._arrived = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
         self._launched = following(device)
         self._processors = multiprocessor_count(device, interpreted=4)
-        self._attention = FewTokens(device, FewTiling(keys=64, warps=4))
+        self._attention = FewTokens(device, FewTiling(keys=64, warps=4, fetched=True))
         self.attend = self._attention.attend
 
     def project(
