@@ -289,7 +289,7 @@ def some(rows: int) -> dict[str, tuple[Any, ...]]:
     rotated = dict.fromkeys(
         ("qkv", "cos", "sin", "query_norm", "key_norm", "key_cache", "value_cache", "out"), BF16
     )
-    parts = dict(partial=F32, peaks=F32, sums=F32, arrived=P32)
+    parts = dict(partial=F32, peaks=F32, sums=F32, arrived=P32, ahead=BF16, ahead_bytes=I32)
     sizes = dict(max_blocks=I32, splits=I32, scaling="fp32", eps="fp32")
     return {
         f"some {rows}: linear": (

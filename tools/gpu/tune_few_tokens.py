@@ -1,9 +1,12 @@
-"""Times decode steps of few tokens on this GPU: layers as few kernels, in several tilings, and not.
+"""Times decode steps on this GPU: layers as few kernels, in several tilings, and by modules.
 
-    PYTHONPATH=src python tools/gpu/tune_few_tokens.py [--layers 12] [--batch 1,2] [--context 512]
+    PYTHONPATH=src python tools/gpu/tune_few_tokens.py [--layers 12] [--batch 1,2,64]
+        [--context 512]
 
 A random Qwen3-MoE of Qwen3-30B-A3B's shapes. Each way is compared with the layers as transformers'
-modules launch them, and timed as replays of a captured step. Lines come as they are found.
+modules launch them, and timed as replays of a captured step, all ways once and then all of them
+again: a GPU's clock moves by more than many of them differ. Of logits that differ, a part is other
+experts, chosen where two are about as likely; so much they differ between any two ways to round.
 """
 
 from __future__ import annotations
@@ -23,19 +26,28 @@ from flexpert.bench.gpu.decode_group import place_on
 from flexpert.bench.gpu.decode_rank import DecodeRank
 from flexpert.bench.gpu.model import RandomModel
 from flexpert.bench.model_shapes import qwen3_30b_a3b
-from flexpert.kernels.cuda.few_tokens import FewTiling, FewTokens
+from flexpert.kernels.cuda import dependents
+from flexpert.kernels.cuda.few_tokens import MOST_TOKENS, FewTiling, FewTokens
+from flexpert.kernels.cuda.some_tokens import SomeTiling, SomeTokens
 from flexpert.models.step_graphs import GraphShape
 
 TILINGS = [
     *(FewTiling(elements) for elements in (8192, 4096, 2048)),
     *(FewTiling(4096, keys, warps) for keys, warps in ((64, 4), (128, 4), (256, 8))),
 ]
+SOME_TILINGS = [
+    SomeTiling(),
+    *(SomeTiling(64, depth, stages=stages) for depth, stages in ((64, 12), (128, 6))),
+    SomeTiling(128, 128, stages=4),
+    SomeTiling(fetched=False),
+]
+_TURNS = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--batch", default="1,2")
+    parser.add_argument("--batch", default="1,2,64")
     parser.add_argument("--context", type=int, default=512)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -51,8 +63,10 @@ def main() -> None:
             if type(m).__name__.endswith("DecoderLayer") and "forward" in vars(m)
         }
         print(f"{len(layers)} layers of {args.layers} fused", flush=True)
-        kernels = [ours.runtime.moe._few, *(forward._kernels for forward in layers.values())]
+        usual = next(iter(layers.values()))._usual
         for size in batches:
+            few = size <= MOST_TOKENS
+            kernels = [usual.few, ours.runtime.moe._few] if few else [usual.some]
             compare(ours, size, args.context, layers, kernels)
 
 
@@ -61,33 +75,53 @@ def compare(
     size: int,
     context: int,
     layers: dict[nn.Module, Callable[..., Tensor]],
-    kernels: list[FewTokens],
+    kernels: list[FewTokens | SomeTokens],
 ) -> None:
     tokens = torch.randint(0, ours.model.info.vocab, (size, 1)).tolist()
     batch = ours.batch_of(tokens, context)
-    with unfused(layers):
-        expected, plain = timed(ours, batch, size)
-    print(f"batch {size}: {plain:7.1f} us by modules", flush=True)
-    for follows in (True, False):
-        for tiling in TILINGS if follows else TILINGS[1:2]:
-            for one in kernels:
-                one._tiling, one._follows = tiling, follows
-            try:
-                found, took = timed(ours, batch, size)
-            except Exception as failure:  # noqa: BLE001 - what cannot be, is no candidate
-                print(f"  {tiling}: {type(failure).__name__} {str(failure)[:300]}", flush=True)
-                continue
+    with unfused(layers), following(kernels, False):
+        expected, _ = timed(ours, batch, size)
+    tilings = TILINGS if size <= MOST_TOKENS else SOME_TILINGS
+    ways = [("modules, no kernel begins early", None, False), ("modules", None, True)]
+    ways += [(f"{tiling}, none begins early", tiling, False) for tiling in tilings[:1]]
+    ways += [(str(tiling), tiling, True) for tiling in tilings]
+    for _ in range(_TURNS):
+        for name, tiling, early in ways:
+            by_modules = contextlib.nullcontext() if tiling else unfused(layers)
+            with by_modules, following(kernels, early):
+                for one in kernels:
+                    one._tiling = tiling or one._tiling
+                try:
+                    found, took = timed(ours, batch, size)
+                except Exception as failure:  # noqa: BLE001 - what cannot be, is no candidate
+                    print(f"  {name}: {type(failure).__name__} {str(failure)[:300]}", flush=True)
+                    continue
             error = float((found - expected).norm() / expected.norm())
-            picked = int((found.argmax(1) == expected.argmax(1)).sum())
-            print(
-                f"  {took:7.1f} us, {plain / took:.2f} times as fast, error {error:.4f}, "
-                f"{picked} of {size} alike  {tiling} follows={follows}",
-                flush=True,
-            )
+            print(f"batch {size}: {took:7.1f} us, error {error:.4f}  {name}", flush=True)
     for one in kernels:
-        one._tiling, one._follows = FewTiling(), True
+        one._tiling = tilings[0] if isinstance(one, SomeTokens) else FewTiling()
     ours.runner.capture([GraphShape(size, size)], ours.width)
     advances(f"batch {size}", lambda: ours.runner.forward(batch))
+
+
+@contextlib.contextmanager
+def following(kernels: list[FewTokens | SomeTokens], early: bool) -> Iterator[None]:
+    """early: kernels begin before the one in front has ended, as they do on Hopper."""
+    real = dependents.follows
+    every = [*kernels, *(one._attention for one in kernels if isinstance(one, SomeTokens))]
+
+    def launch() -> None:
+        for one in every:
+            one._launched = dependents.following(torch.device("cuda", 0))
+
+    if not early:
+        dependents.follows = lambda device: False
+    try:
+        launch()
+        yield
+    finally:
+        dependents.follows = real
+        launch()
 
 
 def advances(what: str, step: Callable[[], object]) -> None:

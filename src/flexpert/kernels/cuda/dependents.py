@@ -12,7 +12,7 @@ wait. Kernels that were launched in the ordinary way may stand between.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 import triton
@@ -20,6 +20,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flexpert.comm.interpreter import INTERPRETED
+
+REQUEST: Final = tl.constexpr(2048)  # bytes asked for at once
+_MOST_AHEAD: Final = 2**25
 
 
 @triton.jit
@@ -54,9 +57,29 @@ def fetch_early(pointers, nbytes):
     )
 
 
+@triton.jit
+def fetch_share(pointer, nbytes, program, programs, LANES: tl.constexpr):
+    """Ask for one program's share of memory that a later kernel reads; see `fetch_early`.
+
+    nbytes: of all programs, a multiple of 16; 0: nothing. LANES: requests of a program, at most.
+    """
+    each = (nbytes // programs + REQUEST) // REQUEST * REQUEST
+    at = tl.arange(0, LANES) * REQUEST
+    first = program.to(tl.int64) * each + at
+    size = tl.minimum(tl.minimum(each - at, REQUEST), nbytes - first)
+    start = pointer.to(tl.int64) + first
+    fetch_early(start.to(tl.pointer_type(tl.int8)), tl.maximum(size, 0).to(tl.int32))
+
+
 def follows(device: torch.device) -> bool:
     """Whether a device launches kernels as each other's dependents: GPUs from Hopper on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def bytes_ahead(weight: torch.Tensor | None) -> int:
+    """How much of a weight a kernel may ask for ahead of the one that reads it: what the L2 cache
+    holds beside all else."""
+    return 0 if weight is None else min(weight.nbytes, _MOST_AHEAD) // 16 * 16
 
 
 def following(device: torch.device) -> dict[str, Any]:

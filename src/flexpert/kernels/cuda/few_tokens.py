@@ -24,7 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from flexpert.kernels.cuda.attention_parts import LOG2_E, splits_of
-from flexpert.kernels.cuda.dependents import await_previous, fetch_early, following
+from flexpert.kernels.cuda.dependents import (
+    await_previous,
+    bytes_ahead,
+    fetch_early,
+    fetch_share,
+    following,
+)
 from flexpert.kernels.step_shapes import FEW_TOKENS
 
 MOST_TOKENS: Final = FEW_TOKENS
@@ -33,6 +39,7 @@ _COUNTERS: Final = 4096
 MOST_DEPTH: Final = 8192
 """Elements of a weight that a warp must hold at least, all along what is summed: 128 registers of
 bf16 in each lane."""
+FETCHING: Final = tl.constexpr(512)  # programs that ask for what the next kernel reads, at most
 CHUNK: Final = tl.constexpr(256)  # what the lanes of a warp load at once, 16 bytes of bf16 each
 
 
@@ -200,10 +207,11 @@ def _merged(
     return accumulated / tl.where(whole == 0.0, 1.0, whole)[:, None]
 
 
-@triton.jit(do_not_specialize=["max_blocks", "splits"])
+@triton.jit(do_not_specialize=["max_blocks", "splits", "ahead_bytes"])
 def _attend_few(
     qkv, cos, sin, query_norm, key_norm, slot_mapping, key_cache, value_cache, context_len,
-    block_tables, sinks, out, partial, peaks, sums, arrived, max_blocks, splits, scaling, eps,
+    block_tables, sinks, out, partial, peaks, sums, arrived, ahead, max_blocks, splits,
+    ahead_bytes, scaling, eps,
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     ANGLES: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr, WINDOW: tl.constexpr,
@@ -224,7 +232,7 @@ def _attend_few(
     if split < used:
         _attend_split(
             qkv, cos, sin, query_norm, key_norm, slot_mapping, key_cache, value_cache, sinks, out,
-            partial, peaks, sums, arrived, blocks, context, low + split * share,
+            partial, peaks, sums, arrived, ahead, ahead_bytes, blocks, context, low + split * share,
             tl.minimum(high, low + split * share + share), used, scaling, eps, BLOCK, KV_HEADS,
             GROUP, DIM, DIM_PAD, ROWS, KEYS, SPLITS, ANGLES, NORMED, EARLY, WINDOW, SINKS,
             PRECISION, FETCHED, FOLLOWS,
@@ -253,7 +261,7 @@ def _fetch_keys(
 @triton.jit
 def _attend_split(
     qkv, cos, sin, query_norm, key_norm, slot_mapping, key_cache, value_cache, sinks, out, partial,
-    peaks, sums, arrived, blocks, context, low, high, used, scaling, eps,
+    peaks, sums, arrived, ahead, ahead_bytes, blocks, context, low, high, used, scaling, eps,
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     ANGLES: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr, WINDOW: tl.constexpr,
@@ -336,6 +344,14 @@ def _attend_split(
         v = tl.load(value_cache + place, mask=seen, other=0.0)
         accumulated, peak, total = _fold(accumulated, peak, total, q, k, v, ok, scaling, PRECISION)
 
+    if FOLLOWS:
+        # by the last programs, and behind their own loads, which would push it out of the cache
+        programs = tl.num_programs(0) * KV_HEADS * tl.num_programs(2)
+        sharing = tl.minimum(programs, FETCHING)
+        program = (split * KV_HEADS + kv_head) * tl.num_programs(0) + tl.program_id(0)
+        program -= programs - sharing
+        if program >= 0:
+            fetch_share(ahead, ahead_bytes, program, sharing, 128)
     wide = row_ok[:, None] & (d < DIM)[None, :]
     row = token * heads + head
     where = row[:, None] * DIM + d[None, :]
@@ -563,8 +579,12 @@ class FewTokens:
         scaling: float,
         window: int = 0,
         sinks: Tensor | None = None,
+        ahead: Tensor | None = None,
     ) -> Tensor:
         """`rotary.rotate_and_store`, then `attention.attend`, of one token for each sequence.
+
+        Args:
+            ahead: a weight that the next kernel reads, which is asked for meanwhile.
 
         Returns:
             [T, heads * dim].
@@ -586,7 +606,8 @@ class FewTokens:
             _attend_few, (tokens, kv_heads, splits),
             qkv, cos, sin, query_norm, key_norm, slot_mapping, key_cache, value_cache, context_len,
             block_tables, sinks, out, partial, peaks, sums, self._arrived[1:],
-            block_tables.shape[1], splits, scaling, eps,
+            qkv if ahead is None else ahead,
+            block_tables.shape[1], splits, bytes_ahead(ahead), scaling, eps,
             BLOCK=block, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
             DIM_PAD=max(16, triton.next_power_of_2(dim)),
             ROWS=max(16, triton.next_power_of_2(heads // kv_heads)), KEYS=keys, SPLITS=splits,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.dependents import await_previous, following
+from flexpert.kernels.cuda.dependents import await_previous, bytes_ahead, fetch_share, following
 
 SINGLE = 4096
 """Choices up to which one program sorts all of them; more are shared among many."""
@@ -129,19 +129,25 @@ def _scatter(
     tl.store(row + i, tl.where(ok, place, -1), mask=i < choices)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead_bytes"])
 def _combine(
     y,
     row,
     weights,
     residual,
     out,
+    ahead,
     hidden,
+    ahead_bytes,
     TOPK: tl.constexpr,
     WIDTH: tl.constexpr,
     ADDED: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):
+    if FOLLOWS:
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        fetch_share(ahead, ahead_bytes, program, programs, 128)
     await_previous(FOLLOWS)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -223,7 +229,12 @@ def sort_by_slot(expert_ids: Tensor, slot_of: Tensor, valid: Tensor, slots: int)
 
 
 def combine(
-    y: Tensor, row: Tensor, weights: Tensor, out: Tensor, residual: Tensor | None = None
+    y: Tensor,
+    row: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    residual: Tensor | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """out[t] = Σ_k weights[t, k] · y[row[t, k]], in float32 and the order of k: with the bits of a
     combine that sums at home (`comm.cuda.combine_kernels.reduce`).
@@ -234,6 +245,7 @@ def combine(
         weights: [tokens, k] float, contiguous.
         out: [tokens, hidden] of any float dtype, contiguous.
         residual: of its shape and dtype, contiguous; added to the rounded sums. None: nothing is.
+        ahead: a weight that the next kernels read, which is asked for meanwhile.
 
     Returns:
         out.
@@ -243,7 +255,8 @@ def combine(
         return out
     width = min(1024, triton.next_power_of_2(hidden))
     _combine[(tokens, triton.cdiv(hidden, width))](
-        y, row, weights, residual, out, hidden, TOPK=row.shape[1], WIDTH=width,
+        y, row, weights, residual, out, out if ahead is None else ahead, hidden,
+        bytes_ahead(ahead), TOPK=row.shape[1], WIDTH=width,
         ADDED=residual is not None, num_warps=4, enable_fp_fusion=False, **following(y.device),
     )  # fmt: skip
     return out

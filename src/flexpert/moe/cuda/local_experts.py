@@ -110,6 +110,7 @@ class LocalExperts:
         weights: Tensor,
         residual: Tensor | None,
         apply_gate: Gate,
+        ahead: Tensor | None = None,
     ) -> Tensor:
         self.walked += 1
         out = torch.empty_like(x)
@@ -118,7 +119,7 @@ class LocalExperts:
         experts = self._experts
         rows = sort_by_slot(expert_ids, self._slot_of[layer], self._tokens, experts.slots)
         y = experts.compute(layer, x, rows.token, rows.offsets, rows.token.shape[0], apply_gate)
-        return combine(y, rows.row, weights, out, residual)
+        return combine(y, rows.row, weights, out, residual, ahead)
 
     def forward_added(
         self,
@@ -128,13 +129,14 @@ class LocalExperts:
         weights: Tensor,
         residual: Tensor,
         apply_gate: Gate,
+        ahead: Tensor | None = None,
     ) -> Tensor | None:
         """As `AddingMoELayers.forward_added`."""
         if self._few is None:
             return None
         experts = self._experts
         if x.shape[0] > MOST_TOKENS or not experts.takes_few(expert_ids.shape[1], apply_gate):
-            return self._forward(layer, x, expert_ids, weights, residual, apply_gate)
+            return self._forward(layer, x, expert_ids, weights, residual, apply_gate, ahead)
         self.walked += 1
         return self._few.experts(
             x,
