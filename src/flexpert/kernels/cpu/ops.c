@@ -800,6 +800,13 @@ INLINE void store_kv(const attention_args *a) {
 static const int32_t FROM[32] = {NOT, ALL}; /* 16 from FROM + 16 - i: set from lane i on */
 static const int32_t TO[32] = {ALL, NOT};   /* 16 from TO + 15 - i: set up to lane i */
 
+/* The first key that a row at `position` sees. window: keys, itself included; 0: all; negative: those of its own chunk,
+ * which begins at a multiple of -window. */
+INLINE long first_seen(long position, long window) {
+    if (window < 0) return position - position % -window;
+    return window > 0 && position >= window ? position - window + 1 : 0;
+}
+
 /* All query rows of one sequence and one key head; `scratch` holds the tile and the panel. */
 INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch, int dtype, int level) {
     const long width = dtype == BFLOAT16 ? 2 : 4;
@@ -822,7 +829,7 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                    query + m * kd, a->key_dim, 16, dtype);
             memset(acc + m * vd, 0, vd * sizeof(float));
             high[m] = first + row;
-            low[m] = a->window > 0 && high[m] >= a->window ? high[m] - a->window + 1 : 0;
+            low[m] = first_seen(high[m], a->window);
             if (a->sinks) { /* a key of value zero, whose score is learned */
                 peak[m] = dtype == BFLOAT16 ? from_bf16(((const uint16_t *)a->sinks)[head])
                                             : ((const float *)a->sinks)[head];
