@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from flexpert import heap, library_pages
 from flexpert.cluster.processes.lean_imports import trim_conversions, trim_imports
 from flexpert.config import Config
 from flexpert.device_settings import DEVICE_SETTINGS
@@ -67,6 +68,8 @@ def open_model(config_json: bytes) -> ModelSource:
             "opening the model has opened the GPU's driver in the process that ranks are forked "
             "from, where they could not use it; please report this with the model's config.json"
         )
+    heap.trim()
+    library_pages.give_back()
     return source
 
 
