@@ -30,24 +30,36 @@ class _Mapping:
 def give_back() -> None:
     """Take the pages of libraries that are as their files have them out of this process.
 
-    Only parts of files of which code is mapped, that cannot be written and never were: nothing
-    that they hold is lost. Without effect where the system does not say what is mapped.
+    Without effect where the system does not say what is mapped.
     """
     try:
         with open("/proc/self/smaps") as smaps:
-            mappings = _mappings(smaps.read())
+            found = unchanged(smaps.read())
     except OSError:
         return
-    libraries = {each.path for each in mappings if "x" in each.may and each.path}
     advise = ctypes.CDLL(None).madvise
     advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for each in mappings:
-        if each.path in libraries and "w" not in each.may and not each.anonymous:
-            advise(each.begin, each.end - each.begin, _MADV_DONTNEED)
+    for begin, size in found:
+        advise(begin, size, _MADV_DONTNEED)
+
+
+def unchanged(smaps: str) -> list[tuple[int, int]]:
+    """Begin and bytes of the parts of libraries that cannot be written here and never were: nothing
+    is lost with their pages. A library is a file of which code is mapped.
+
+    smaps: what is mapped, as proc(5) says it.
+    """
+    mappings = _mappings(smaps)
+    libraries = {each.path for each in mappings if "x" in each.may}
+    return [
+        (each.begin, each.end - each.begin)
+        for each in mappings
+        if each.path in libraries and "w" not in each.may and not each.anonymous
+    ]
 
 
 def _mappings(smaps: str) -> list[_Mapping]:
-    """Of files, in the words of proc(5)."""
+    """Those of files that are not shared."""
     found: list[_Mapping] = []
     of_file = False
     for line in smaps.splitlines():

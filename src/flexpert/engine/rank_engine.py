@@ -32,7 +32,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from flexpert import heap
+from flexpert import heap, library_pages
 from flexpert.comm import Buffer, CommError, Interrupted, RankLost, RankTimeout
 from flexpert.config import EngineConfig
 from flexpert.engine import rank_protocol as msg
@@ -474,6 +474,7 @@ class RankEngine:
         planned = self.memory.plan(experts, len(members))
         if self.buffer.epoch == 0:
             heap.trim()  # what the largest step needs; it is planned for, and not needed yet
+            library_pages.give_back()  # what only the making of the model and its trials ran
         self.report(
             msg.Prepared(
                 result.plan.epoch,

@@ -29,6 +29,9 @@ WHOLE = "FLEXPERT_WHOLE_IMPORTS"
 """Variable of the environment; set: nothing is left out."""
 
 _SYMBOLIC_SHAPES = "torch.fx.experimental.symbolic_shapes"
+_META_KERNELS = "torch._meta_registrations"
+"""With all operations once more, in Python; see `flexpert.models.meta_kernels` for who needs it."""
+
 _WRAPPED = "torch._dynamo._trace_wrapped_higher_order_op"
 Structure = dict[frozenset[str], dict[str, set[str]]]
 """As transformers has it: backends that are needed → module → the names in it."""
@@ -36,14 +39,20 @@ Structure = dict[frozenset[str], dict[str, set[str]]]
 
 class DeferredModule(ModuleType):
     """Stands in for a module until anything but its stand-ins, or a module inside of it, is asked
-    for."""
+    for. behind: deferred modules that are to be there before this one."""
 
     def __init__(
-        self, name: str, stand_ins: Mapping[str, object] | None = None, *, package: bool = False
+        self,
+        name: str,
+        stand_ins: Mapping[str, object] | None = None,
+        *,
+        package: bool = False,
+        behind: Sequence[str] = (),
     ) -> None:
         super().__init__(name)
         self.__dict__.update(stand_ins or {})
         self._package = package
+        self._behind = behind
 
     def __getattr__(self, name: str) -> Any:
         if name == "__path__" and self._package:
@@ -54,6 +63,8 @@ class DeferredModule(ModuleType):
 
     def whole(self) -> ModuleType:
         """The module itself, from now on in place of this one."""
+        for name in self._behind:
+            _whole(name)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
         module = importlib.import_module(self.__name__)
@@ -96,9 +107,7 @@ class LateFunction:
 
 
 _UNUSED = (
-    # kernels in Python for the meta device, and all operations once more for compilers; see
-    # `flexpert.models.meta_kernels` for who needs them
-    "torch._meta_registrations",
+    _META_KERNELS,
     "torch.masked",
     "torch.nn.intrinsic",
     "torch.nn.qat",
@@ -149,7 +158,9 @@ def trim_imports() -> None:
         "assume_constant_result": _unchanged,
         "disable": _not_disabled,
     }
-    torch._dynamo = _defer("torch._dynamo", dynamo, package=True)  # type: ignore[attr-defined]
+    torch._dynamo = _defer(  # type: ignore[attr-defined]
+        "torch._dynamo", dynamo, package=True, behind=(_META_KERNELS,)
+    )
     _defer(_WRAPPED, {"TransformGetItemToIndex": _transform_get_item})
     _defer("sympy", {"Basic": _Symbol}, package=True)
     shapes = {name: _of_numbers(name, function) for name, function in _ON_NUMBERS.items()}
@@ -159,9 +170,13 @@ def trim_imports() -> None:
 
 
 def _defer(
-    name: str, stand_ins: Mapping[str, object] | None = None, *, package: bool = False
+    name: str,
+    stand_ins: Mapping[str, object] | None = None,
+    *,
+    package: bool = False,
+    behind: Sequence[str] = (),
 ) -> DeferredModule:
-    sys.modules[name] = module = DeferredModule(name, stand_ins, package=package)
+    sys.modules[name] = module = DeferredModule(name, stand_ins, package=package, behind=behind)
     return module
 
 

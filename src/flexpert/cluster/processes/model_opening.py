@@ -29,7 +29,8 @@ def import_all() -> None:
     """All that needs no settings: also what its children run, which they would import each."""
     trim_imports()
     import flexpert.cluster.processes.model_report
-    import flexpert.cluster.processes.rank_process  # noqa: F401
+    import flexpert.cluster.processes.rank_process
+    import flexpert.comm.host.host_buffer  # noqa: F401
 
     trim_conversions()
 
