@@ -756,12 +756,13 @@ class RankEngine:
         watch.lap("publish")
 
     def _note_cost(self, plan: StepPlan) -> None:
-        """How long a step took that had begun before the one before was published."""
-        now = time.perf_counter()
-        if self._costs is not None and plan.sources is not None and not plan.chunks:
+        """How long a step took: since the one before was published, if it had begun before."""
+        now, ahead = time.monotonic(), plan.sources is not None
+        if self._costs is not None and not plan.chunks:
             proposed = max(map(len, plan.drafts or ()), default=0)
             if proposed or not any(plan.asks):
-                self._costs.note(plan.tokens, proposed, now - self._published_at)
+                began = self._published_at if ahead else plan.at
+                self._costs.note(plan.tokens, proposed, now - began, ahead=ahead)
         self._published_at = now
 
     def _propose(self, plan: StepPlan, tokens: StepTokens, further: int) -> list[list[int]]:
