@@ -362,11 +362,12 @@ class Kernels:
 def cpu_kernels() -> Kernels:
     """Those in C."""
     here = ops.instruction_set()
-    linear = ops.linear if here.startswith(("amx", "avx512")) else None
+    linear = ops.linear if here.startswith(("amx", "avx")) else None
     most, least, recorded = {
         "amx": (None, 0, 512),
         "avx512_bf16": (BF16_ROWS, 0, 512),
         "avx512": (AVX512_ROWS, AVX512_BYTES, 8),
+        "avx2": (None, 0, 512),
     }.get(here, (None, 0, 4))
     return Kernels(
         ops.paged_attention,

@@ -33,14 +33,16 @@ typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint64_t u64x8 __attribute__((vector_size(64), may_alias));
 typedef float f32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 enum { FLOAT32 = 0, BFLOAT16 = 1 };
 
-/* Of an instruction set: few vector registers, or 32 of 512 bits, or those and products of bf16. */
-enum { SMALL = 0, BIG = 1, BIG_BF16 = 2 };
+/* Of an instruction set: few vector registers, or 16 of 256 bits, or 32 of 512 bits, or those and products
+ * of bf16. */
+enum { SMALL = 0, HALVES = 1, BIG = 2, BIG_BF16 = 3 };
 
 /* vdpbf16ps is two fused multiply-adds, the odd elements' and then the even ones' (subnormal numbers
  * are 0 to it); what has no such instruction does the same in two. */
@@ -168,6 +170,25 @@ INLINE f32x16 fold16(const f32x16 *a) {
            SHUFFLE(p[0], p[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
+/* As `fold16`, of up to 8 vectors in memory, for what has 256 bits. */
+INLINE f32x8 fold8(const f32x16 *a, int live) {
+    f32x8 h[8], q[4], p[2];
+#if defined(__clang__)
+#define MIX(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else
+#define MIX(A, B, ...) __builtin_shuffle(A, B, (i32x8){__VA_ARGS__})
+#endif
+    UNROLL for (int i = 0; i < 8; i++)
+        h[i] = i < live ? load_half(a + i) + load_half((const char *)(a + i) + 32) : (f32x8){0};
+    UNROLL for (int i = 0; i < 4; i++)
+        q[i] = MIX(h[i], h[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) + MIX(h[i], h[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    UNROLL for (int i = 0; i < 2; i++)
+        p[i] = MIX(q[2 * i], q[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               MIX(q[2 * i], q[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return MIX(p[0], p[1], 0, 2, 8, 10, 4, 6, 12, 14) + MIX(p[0], p[1], 1, 3, 9, 11, 5, 7, 13, 15);
+#undef MIX
+}
+
 /* e^x for x <= 0, within 2 ulp; about 1e-38 below -87. */
 INLINE f32x16 exp16(f32x16 x) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
@@ -228,6 +249,85 @@ INLINE long dot_across_lines(const char **x, const char **w, long k, int rows, i
 }
 #endif
 
+#if defined(__x86_64__)
+/* 2 x 6 dot products go on by half a vector of 16 sums, in the 16 registers that there are: what a compiler makes of
+ * it keeps one sum in memory, and takes twice the time. x, w: where the two rows and the six are now, of `row` bytes. */
+INLINE void dot_2_by_6(const char *x, const char *w, long row, int dtype, f32x8 *sum) {
+    const u32x8 high = (u32x8){0} + 0xffff0000u;
+#define ODD(FROM, INTO) "vpand " FROM ", %[high], " INTO "\n\t"
+#define EVEN(FROM, INTO) "vmovdqu " FROM ", " INTO "\n\tvpslld $16, " INTO ", " INTO "\n\t"
+#define WHOLE_F32(FROM, INTO) "vmovups " FROM ", " INTO "\n\t"
+#define BOTH(A, B) "vfmadd231ps %%ymm13, %%ymm15, %[" A "]\n\tvfmadd231ps %%ymm14, %%ymm15, %[" B "]\n\t"
+#define TAKE(PART)                                                                                 \
+    PART("(%[x])", "%%ymm13") PART("(%[x],%[row])", "%%ymm14")                                     \
+    PART("(%[w])", "%%ymm15") BOTH("a", "g")                                                       \
+    PART("(%[w],%[row])", "%%ymm15") BOTH("b", "h")                                                \
+    PART("(%[w],%[row],2)", "%%ymm15") BOTH("c", "i")                                              \
+    PART("(%[w3])", "%%ymm15") BOTH("d", "j")                                                      \
+    PART("(%[w3],%[row])", "%%ymm15") BOTH("e", "k")                                               \
+    PART("(%[w3],%[row],2)", "%%ymm15") BOTH("f", "l")
+#define SUMS                                                                                       \
+    [a] "+x"(sum[0]), [b] "+x"(sum[1]), [c] "+x"(sum[2]), [d] "+x"(sum[3]), [e] "+x"(sum[4]),      \
+        [f] "+x"(sum[5]), [g] "+x"(sum[6]), [h] "+x"(sum[7]), [i] "+x"(sum[8]), [j] "+x"(sum[9]),  \
+        [k] "+x"(sum[10]), [l] "+x"(sum[11])
+#define PLACES [high] "x"(high), [x] "r"(x), [w] "r"(w), [w3] "r"(w + 3 * row), [row] "r"(row)
+    if (dtype == BFLOAT16) __asm__(TAKE(ODD) TAKE(EVEN) : SUMS : PLACES : "memory", "xmm13", "xmm14", "xmm15");
+    else __asm__(TAKE(WHOLE_F32) : SUMS : PLACES : "memory", "xmm13", "xmm14", "xmm15");
+#undef PLACES
+#undef SUMS
+#undef TAKE
+#undef BOTH
+#undef WHOLE_F32
+#undef EVEN
+#undef ODD
+}
+#endif
+
+/* As `dot_tile`, with 16 registers of 256 bits: the lower lanes of all sums, then the upper ones. Or, of
+ * one row, both at once, so that a line of weights is read once. */
+INLINE void dot_halves(const char **x, const char **w, long k, int rows, int outs, int dtype,
+                       const char *ahead, int lines, f32x16 *acc) {
+    const long width = dtype == BFLOAT16 ? 2 : 4, bytes = k * width / 64 * 64, row = k * width;
+    const int at_once = rows == 1 ? 2 : 1;
+    for (int half = 0; half < 2; half += at_once) {
+        f32x8 sum[2][12];
+        UNROLL for (int h = 0; h < at_once; h++)
+            UNROLL for (int t = 0; t < rows * outs; t++) sum[h][t] = (f32x8){0};
+        for (long i = 0; i < bytes; i += 64) {
+            /* of the lines that are wanted later one half now, the other in the second turn */
+            fetch_ahead(ahead + i + half * lines / 2 * row, row, rows == 1 ? lines : lines / 2);
+#if defined(__x86_64__)
+            if (rows == 2 && outs == 6) {
+                dot_2_by_6(x[0] + i + 32 * half, w[0] + i + 32 * half, row, dtype, sum[0]);
+                continue;
+            }
+#endif
+            UNROLL for (int h = 0; h < at_once; h++) {
+                const long at = i + 32 * (half + h);
+#define PART(LOADED)                                                                               \
+    {                                                                                              \
+        f32x8 xs[2];                                                                               \
+        UNROLL for (int r = 0; r < rows; r++) xs[r] = LOADED(x[r] + at);                           \
+        UNROLL for (int o = 0; o < outs; o++) {                                                    \
+            const f32x8 wo = LOADED(w[o] + at);                                                    \
+            UNROLL for (int r = 0; r < rows; r++) sum[h][r * outs + o] += xs[r] * wo;              \
+        }                                                                                          \
+    }
+#define ODD(P) odd8(load_pairs(P))
+#define EVEN(P) even8(load_pairs(P))
+                if (dtype == BFLOAT16) PART(ODD) else PART(load_half)
+                if (dtype == BFLOAT16) PART(EVEN)
+#undef EVEN
+#undef ODD
+#undef PART
+            }
+        }
+        UNROLL for (int h = 0; h < at_once; h++)
+            UNROLL for (int t = 0; t < rows * outs; t++)
+                memcpy((char *)&acc[t] + 32 * (half + h), &sum[h][t], 32);
+    }
+}
+
 /* Dot products of `rows` x rows with `outs` weight rows, rows * outs <= 16, both compile-time.
  * acc[r * outs + o] = x[r] . w[o] over `k` elements, 16 partial sums; acc starts at 0. Meanwhile as much
  * of `lines` weight rows that come later is fetched from `ahead` on: what is computed hides what is
@@ -237,6 +337,7 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
     const long step = dtype == BFLOAT16 ? 32 : 16;
     const long width = dtype == BFLOAT16 ? 2 : 4;
     long whole = k / step * step;
+    if (level == HALVES) dot_halves(x, w, k, rows, outs, dtype, ahead, lines, acc);
     if (level == SMALL) {
         f32x8 sum[4][2];
         UNROLL for (int t = 0; t < rows * outs; t++) sum[t][0] = sum[t][1] = (f32x8){0};
@@ -327,10 +428,12 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
 
 /* The sums of a tile, with the bias: the first `live_rows` and `live_outs` of it. */
 INLINE void store_tile(const f32x16 *acc, const char *bias, char *y, long n, int live_rows,
-                       int live_outs, int rows, int outs, int dtype) {
+                       int live_outs, int rows, int outs, int dtype, int level) {
     float sums[16] = {0};
-    if (rows * outs >= 8) { /* what there is not of 16 is 0 */
-        f32x16 s = fold16(acc);
+    if (rows * outs >= 8 || level == HALVES) { /* what there is not of 16 is 0 */
+        f32x16 s;
+        if (level == HALVES) s = join(fold8(acc, rows * outs), fold8(acc + 8, rows * outs - 8));
+        else s = fold16(acc);
         if (dtype == BFLOAT16 && live_outs == outs) {
             uint16_t add[16] = {0};
             UNROLL for (int r = 0; r < rows; r++)
@@ -368,9 +471,9 @@ INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y,
     f32x16 acc[16];
     UNROLL for (int r = 0; r < rows; r++) xp[r] = x + (r < live_rows ? r : live_rows - 1) * k * width;
     UNROLL for (int o = 0; o < outs; o++) wp[o] = w + (o < live_outs ? o : live_outs - 1) * k * width;
-    UNROLL for (int i = 0; i < 16; i++) acc[i] = (f32x16){0};
+    UNROLL for (int i = 0; level != HALVES && i < 16; i++) acc[i] = (f32x16){0};
     dot_tile(xp, wp, k, rows, outs, dtype, level, ahead, lines, acc);
-    store_tile(acc, bias, y, n, live_rows, live_outs, rows, outs, dtype);
+    store_tile(acc, bias, y, n, live_rows, live_outs, rows, outs, dtype, level);
 }
 
 enum { COPIED = 32 << 10 }; /* bytes of weights that are copied to where they lie as vectors do */
@@ -421,11 +524,48 @@ INLINE void linear_panel(const char *x, const char *w, const char *bias, char *y
 #undef TILE
 }
 
+/* As `linear_group`, with 16 registers of 256 bits: tiles of 2 x 6, whose six weight rows stay in the nearest
+ * cache for all rows of x, and meanwhile the next six are fetched. */
+INLINE void linear_halves(const char *x, const char *w, const char *bias, char *y, long rows, long k,
+                          long n, long stride, int dtype) {
+    const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width;
+#define TILE(R, O, LIVE, LINES)                                                                    \
+    linear_tile(x + r * row, w + o * row, bias ? bias + o * width : NULL, y + (r * stride + o) * width, k,      \
+                stride, R, LIVE, R, O, dtype, HALVES, ahead, LINES)
+    const long every = rows < 12 ? 1 : rows / 6; /* tiles of which one fetches */
+    long o = 0;
+    for (; o + 6 <= n; o += 6) {
+        const char *ahead = w + (o + 6) * row;
+        long r = 0, left = o + 12 <= n ? 6 : 0;
+#define FETCHING(ROWS, LINES) (TILE(ROWS, 6, 6, LINES), ahead += (LINES) * row, left -= LINES)
+        for (; r + 2 <= rows; r += 2) {
+            if (left == 0 || r / 2 % every != every - 1) TILE(2, 6, 6, 0);
+            else if (rows < 4) FETCHING(2, 6);
+            else if (rows < 6 && left == 6) FETCHING(2, 4);
+            else FETCHING(2, 2);
+        }
+        if (r < rows && left == 6) TILE(1, 6, 6, 6);
+        else if (r < rows) TILE(1, 6, 6, 0);
+#undef FETCHING
+    }
+    for (const char *ahead = w; o < n; o += 4) {
+        const int live = (int)(n - o < 4 ? n - o : 4);
+        long r = 0;
+        for (; r + 2 <= rows; r += 2) TILE(2, 4, live, 0);
+        if (r < rows) TILE(1, 4, live, 0);
+    }
+#undef TILE
+}
+
 /* y = x w^T + b of one group; rows of y lie `stride` apart. Tiles have 16 accumulators where there are 32 vector registers, else 4. */
 INLINE void linear_group(const char *x, const char *w, const char *bias, char *y, long rows, long k,
                          long n, long stride, int dtype, int level) {
     const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width;
     const int tall = level >= BIG ? 4 : 2, block = 16;
+    if (level == HALVES) {
+        linear_halves(x, w, bias, y, rows, k, n, stride, dtype);
+        return;
+    }
     char copied[COPIED] __attribute__((aligned(64)));
     for (long o0 = 0; o0 < n; o0 += block) { /* 16 weight rows stay in the second cache for all x rows */
         const long outs = n - o0 < block ? n - o0 : block;
@@ -1047,7 +1187,7 @@ typedef struct {
 
 KERNELS(portable, , SMALL, codes_portable, few_never)
 #if defined(__x86_64__)
-KERNELS(avx2, __attribute__((target("avx2,fma"))), SMALL, codes_avx2, few_never)
+KERNELS(avx2, __attribute__((target("avx2,fma"))), HALVES, codes_avx2, few_never)
 KERNELS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), BIG, codes_avx512, few_avx512)
 #ifdef HAS_BF16
 KERNELS(avx512_bf16, __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma"))),
