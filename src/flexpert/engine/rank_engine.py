@@ -201,7 +201,6 @@ class RankEngine:
         )
         measures = self._most_proposed and self.profile.measures_steps
         self._costs = StepCosts() if measures else None
-        self._published_at = 0.0
         self.scheduler = Scheduler(limits, speculative=config.speculate, costs=self._costs)
         self.store = self.profile.make_expert_store(rank, source)
         self._remote = RemotePeers(
@@ -722,7 +721,8 @@ class RankEngine:
         assert logits is not None
         flight.done.synchronize()
         self.buffer.check(wait=False)
-        self._note_cost(plan)
+        if self._costs is not None:
+            self._costs.published(plan, time.monotonic())
         watch.lap(f"device ({plan.tokens} tokens)")
         scores = [self._score(logits, chunk) for chunk in plan.scored]
         tokens = flight.sampling.finish()
@@ -754,16 +754,6 @@ class RankEngine:
         blocks, drafts = scheduler.cache_changes(), scheduler.draft_counts()
         self.report(msg.Published(events, self._load(), blocks, plan.tokens, drafts))
         watch.lap("publish")
-
-    def _note_cost(self, plan: StepPlan) -> None:
-        """How long a step took: since the one before was published, if it had begun before."""
-        now, ahead = time.monotonic(), plan.sources is not None
-        if self._costs is not None and not plan.chunks:
-            proposed = max(map(len, plan.drafts or ()), default=0)
-            if proposed or not any(plan.asks):
-                began = self._published_at if ahead else plan.at
-                self._costs.note(plan.tokens, proposed, now - began, ahead=ahead)
-        self._published_at = now
 
     def _propose(self, plan: StepPlan, tokens: StepTokens, further: int) -> list[list[int]]:
         """What the model says may follow each of plan.sampled.
