@@ -50,12 +50,6 @@ TIE = 2e-3
 """Logits that are closer are those of a tie, which rounding decides."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> None:
-    """Of transformers on the host, which computes tiny models: many would wait for each other."""
-    torch.set_num_threads(1)
-
-
 class Served:
     """A small model of a family with the tokens of the embedded model, in float32."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from flexpert.engine.step_plan import StepPlan
 from flexpert.kernels.step_shapes import graph_size
 
 _SAMPLES: Final = 4  # of a kind of step, until it is known
@@ -28,6 +29,15 @@ class StepCosts:
         self._wait = 0  # steps until something is proposed again
         self._pause = _SHORTEST_PAUSE
         self._trial = 0  # steps for which nothing is decided
+        self._published_at = 0.0
+
+    def published(self, plan: StepPlan, now: float) -> None:
+        """A step is over. now: seconds, by the clock of `StepPlan.at`."""
+        ahead, proposed = plan.sources is not None, max(map(len, plan.drafts or ()), default=0)
+        if not plan.chunks and (proposed or not any(plan.asks)):
+            began = self._published_at if ahead else plan.at
+            self.note(plan.tokens, proposed, now - began, ahead=ahead)
+        self._published_at = now
 
     def note(self, rows: int, proposed: int, seconds: float, *, ahead: bool) -> None:
         """A step took so long. ahead: it was launched on top of the one before."""

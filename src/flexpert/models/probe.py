@@ -35,6 +35,7 @@ from flexpert.models.architecture import (
 )
 from flexpert.models.draft_layer import draft_layer, graft
 from flexpert.models.latent_attention import LatentShape, keep_latents, kept_latent
+from flexpert.models.meta_kernels import with_meta_kernels
 from flexpert.models.meta_walk import walk
 from flexpert.models.position_cache import asks_for_length
 from flexpert.models.state_probe import INDEX_ANSWER, StateProbe, cached_modules, probed_states
@@ -327,11 +328,13 @@ def build_skeleton(
             initialization.no_tie_weights(),
             initialization.meta_device_safe_creation_ops(),
         ):
-            model: PreTrainedModel = chosen._from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=_implementations(config, attention),
-                experts_implementation=registrations.IMPLEMENTATION,
+            model: PreTrainedModel = with_meta_kernels(
+                lambda: chosen._from_config(
+                    config,
+                    dtype=dtype,
+                    attn_implementation=_implementations(config, attention),
+                    experts_implementation=registrations.IMPLEMENTATION,
+                )
             )
             if drafts:
                 graft(model, dtype)
