@@ -224,7 +224,7 @@ def product(
     constants = dict(
         biases=None, EVEN=True, SLOTS=slots, ROWS=tiling.rows, COLUMNS=tiling.columns, DEPTH=tiling.depth,
         GATED=gated, INDEXED=True, FORMAT=packed.name if packed else None, PACKED=True, BIASED=False, SWAP=tiling.swap, PRECISION="tf32",
-        EARLY=0 if packed else 512, FOLLOWS=True,
+        FOLLOWS=True,
     )  # fmt: skip
     if packed is None:
         constants["scales"] = None
@@ -282,19 +282,20 @@ def some(rows: int) -> dict[str, tuple[Any, ...]]:
     """A layer of Qwen3-30B-A3B's sizes with so many rows."""
     tiling = some_tokens.SomeTiling()
     common = dict(FOLLOWS=True, PRECISION="tf32")
-    wide = dict(COLUMNS=tiling.columns, ROWS=rows, DEPTH=tiling.depth, FETCHED=tiling.fetched)
+    wide = dict(COLUMNS=tiling.columns, ROWS=rows, DEPTH=tiling.depth)
     types = dict(
         x=BF16, weight=BF16, out=BF16, sums=F32, arrived=P32, rows=I32, N=I32, K=I32, part=I32
     )
     rotated = dict.fromkeys(
         ("qkv", "cos", "sin", "query_norm", "key_norm", "key_cache", "value_cache", "out"), BF16
     )
-    parts = dict(partial=F32, peaks=F32, sums=F32, arrived=P32, ahead=BF16, ahead_bytes=I32)
+    parts = dict(partial=F32, peaks=F32, sums=F32, arrived=P32)
     sizes = dict(max_blocks=I32, splits=I32, scaling="fp32", eps="fp32")
     return {
         f"some {rows}: linear": (
             "_project_some", types | dict(residual=BF16),
-            common | wide | dict(bias=None, PARTS=3, BIASED=False, ADDED=True), tiling.warps * (1 + (rows > 64)), tiling.stages,
+            common | wide | dict(bias=None, PARTS=3, BIASED=False, ADDED=True), tiling.warps,
+            tiling.stages if rows <= 64 else 2 * tiling.stages // 3,
         ),
         f"some {rows}: route": (
             "_route_some",
@@ -306,7 +307,7 @@ def some(rows: int) -> dict[str, tuple[Any, ...]]:
             "_attend_few",
             rotated | parts | sizes | dict(slot_mapping=P64, context_len=P32, block_tables=P32),
             common | dict(sinks=None, BLOCK=16, KV_HEADS=4, GROUP=8, DIM=128, DIM_PAD=128, ROWS=16, KEYS=64, SPLITS=2,
-                          ANGLES=128, NORMED=True, EARLY=True, WINDOW=0, SINKS=False, FETCHED=True), 4,
+                          ANGLES=128, NORMED=True, EARLY=True, WINDOW=0, SINKS=False), 4,
         ),
     }  # fmt: skip
 

@@ -37,9 +37,7 @@ TILINGS = [
 ]
 SOME_TILINGS = [
     SomeTiling(),
-    *(SomeTiling(64, depth, stages=stages) for depth, stages in ((64, 12), (128, 6))),
-    SomeTiling(128, 128, stages=4),
-    SomeTiling(fetched=False),
+    *(SomeTiling(64, 64, stages=12), SomeTiling(128, 128, stages=4), SomeTiling(fill=2)),
 ]
 _TURNS = 2
 

@@ -271,7 +271,6 @@ class FewTokenKernels(Protocol):
         scaling: float,
         window: int = 0,
         sinks: Tensor | None = None,
-        ahead: Tensor | None = None,
     ) -> Tensor: ...
 
     def route(

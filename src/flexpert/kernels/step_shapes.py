@@ -7,7 +7,7 @@ from typing import Final
 FEW_TOKENS: Final = 2
 """Of a step in which a decoder layer is computed by a few kernels (`cuda.few_tokens`). Of four they
 take as long as all others, on an H200."""
-SOME_TOKENS: Final = 256
+SOME_TOKENS: Final = 128
 """Of a step in which it is computed by those of `cuda.some_tokens`, at most."""
 FEW: Final = 64
 MANY: Final = 512

@@ -38,17 +38,13 @@ def fuse_layers(
     ledger = VerdictLedger(known)
     if kernels.few is None:
         return ledger.found
-    fused: list[_FusedLayer] = []
     for name, module in model.named_modules():
         if (parts := _Parts.of(module)) is None or parts.depth > kernels.few.most_depth:
             continue
         attempt = functools.partial(_try_layer, module, parts)
         fusion = ledger.settle(name, module, LayerFusion, attempt)
         if fusion is not None and parts.named(fusion):
-            fused.append(_FusedLayer(module, parts, fusion, kernels))
-            vars(module)["forward"] = fused[-1]
-    for one, behind in itertools.pairwise(fused):
-        one.next_weight = behind.first_weight
+            vars(module)["forward"] = _FusedLayer(module, parts, fusion, kernels)
     return ledger.found
 
 
@@ -169,10 +165,7 @@ def _try_layer(layer: nn.Module, parts: _Parts) -> LayerFusion | None:
 class _FusedLayer:
     """The forward of a decoder layer: by few kernels where each sequence has one token and there
     are few of them, else as transformers has it. Where they may lie behind one another, attention
-    is that of many tokens: ours reads keys before others of the step are written.
-
-    next_weight: of the layer behind it, the first that is read; None: there is no such layer.
-    """
+    is that of many tokens: ours reads keys before others of the step are written."""
 
     def __init__(
         self,
@@ -190,12 +183,6 @@ class _FusedLayer:
         self._before = before.weight, before.eps, before.early
         self._behind = behind.weight, behind.eps, behind.early
         self._usual = usual
-        self.next_weight: Tensor | None = None
-
-    @property
-    def first_weight(self) -> Tensor:
-        """Of its first product."""
-        return self._parts.attention.front.weight
 
     def __call__(self, hidden_states: Tensor, *others: Any, **rest: Any) -> Tensor:
         rotation = rest.get("position_embeddings")
@@ -246,9 +233,7 @@ class _FusedLayer:
         experts = self._parts.experts
         runtime, gate = experts.runtime, experts.apply_gate
         if isinstance(runtime, AddingMoELayers) and experts.compute == runtime.forward:
-            added = runtime.forward_added(
-                experts.layer, normed, ids, weights, x, gate, self.next_weight
-            )
+            added = runtime.forward_added(experts.layer, normed, ids, weights, x, gate)
             if added is not None:
                 return added
         sums: Tensor = experts.compute(experts.layer, normed, ids, weights, gate)
@@ -275,17 +260,7 @@ class _FusedLayer:
         context, tables = batch.context_len, batch.block_tables
         if not batch.shares:
             return kernels.attend(
-                qkv,
-                cos,
-                sin,
-                slots,
-                keys,
-                values,
-                context,
-                tables,
-                **normed,
-                **how,
-                ahead=self._output.weight,
+                qkv, cos, sin, slots, keys, values, context, tables, **normed, **how
             )
         query = self._usual.rotate_and_store(qkv, cos, sin, slots, keys, values, **normed)
         out = self._usual.attend(query, keys, values, batch.query_start, context, tables, **how)

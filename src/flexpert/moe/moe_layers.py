@@ -84,14 +84,10 @@ class AddingMoELayers(MoELayers, Protocol):
         weights: Tensor,
         residual: Tensor,
         apply_gate: Gate,
-        ahead: Tensor | None = None,
     ) -> Tensor | None:
         """`MoELayers.forward` + residual, [T, hidden]; None: not of such experts.
 
-        ahead: a weight that is read next; it may be asked for meanwhile.
-
-        x, expert_ids and weights were computed by the last kernel but those of this call, residual
-        by an older one.
+        x, expert_ids and weights were computed by the last kernel but those of this call.
         """
         ...
 

@@ -56,11 +56,10 @@ class _Counting:
         weights: Tensor,
         residual: Tensor,
         apply_gate: Gate,
-        ahead: Tensor | None = None,
     ) -> Tensor | None:
         if self.counting or not isinstance(self.moe, LocalExperts):
             return None
-        return self.moe.forward_added(layer, x, expert_ids, weights, residual, apply_gate, ahead)
+        return self.moe.forward_added(layer, x, expert_ids, weights, residual, apply_gate)
 
 
 def check_prompts(vocab: int, seed: int, tokens: int = CHECK_TOKENS) -> Tensor:

@@ -22,7 +22,6 @@ from flexpert.kernels.cuda.attention_parts import (
     split_sums,
     splits_of,
 )
-from flexpert.kernels.cuda.dependents import await_previous, following
 from flexpert.kernels.cuda.prompt_attention import attend_prompts
 
 
@@ -149,7 +148,7 @@ def _attend_decode(
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, KEY: tl.constexpr,
     KEY_PAD: tl.constexpr, VALUE: tl.constexpr, VALUE_PAD: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SPLIT: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -161,7 +160,6 @@ def _attend_decode(
     token = sequence.to(tl.int64)
     head = kv_head * GROUP + r
     d = tl.arange(0, KEY_PAD)
-    await_previous(FOLLOWS)
     q = tl.load(
         query + token * query_token + head[:, None] * query_head + d[None, :],
         mask=row_ok[:, None] & (d < KEY)[None, :],
@@ -357,7 +355,6 @@ def attend(
         CAPPED=softcap != 0.0,
         SINKS=sinks is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        **following(query.device),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.dependents import await_previous, following
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 
 MOST_SPLITS = 32
@@ -68,9 +67,7 @@ def _merge_splits(
     VALUE_PAD: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     DECODE: tl.constexpr,
-    FOLLOWS: tl.constexpr,
 ):
-    await_previous(FOLLOWS)
     row = tl.program_id(0).to(tl.int64)
     last = rows
     if not DECODE:
@@ -127,7 +124,7 @@ def merge_splits(
         0 if query_start is None else query_start.shape[0] - 1,
         splits,
         HEADS=out.shape[1], VALUE=value, VALUE_PAD=padded(value), SPLITS_PAD=lanes,
-        DECODE=query_start is None, num_warps=4, **following(out.device),
+        DECODE=query_start is None, num_warps=4,
     )  # fmt: skip
 
 

@@ -153,6 +153,8 @@ class DeviceExperts:
         rows: int,
         apply_gate: Gate,
         expected: int | None = None,
+        *,
+        follows: bool = False,
     ) -> Tensor:
         """Each row through its expert; nothing of the sizes is read by the host.
 
@@ -163,6 +165,7 @@ class DeviceExperts:
             rows: at most so many.
             apply_gate: [rows, 2 * inter] → [rows, inter]; where it is SwiGLU, not called.
             expected: about so many; None: as many as there may be.
+            follows: see `grouped_product`.
 
         Returns:
             [rows, hidden]; what lies behind offsets[slots] is unset.
@@ -183,6 +186,7 @@ class DeviceExperts:
             gated=gated,
             expected=expected,
             deterministic=self._deterministic,
+            follows=follows,
         )
         if not gated:
             programs = launched_rows(expected or rows, rows)
@@ -197,6 +201,7 @@ class DeviceExperts:
             biases=None if self.shape.biases is None else down_bias,
             expected=expected,
             deterministic=self._deterministic,
+            follows=follows,
         )
 
     def addresses(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -24,13 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexpert.kernels.cuda.attention_parts import LOG2_E, first_seen, splits_of
-from flexpert.kernels.cuda.dependents import (
-    await_previous,
-    bytes_ahead,
-    fetch_early,
-    fetch_share,
-    following,
-)
+from flexpert.kernels.cuda.dependents import await_previous, following
 from flexpert.kernels.step_shapes import FEW_TOKENS
 
 MOST_TOKENS: Final = FEW_TOKENS
@@ -39,20 +33,17 @@ _COUNTERS: Final = 4096
 MOST_DEPTH: Final = 8192
 """Elements of a weight that a warp must hold at least, all along what is summed: 128 registers of
 bf16 in each lane."""
-FETCHING: Final = tl.constexpr(512)  # programs that ask for what the next kernel reads, at most
 CHUNK: Final = tl.constexpr(256)  # what the lanes of a warp load at once, 16 bytes of bf16 each
 
 
 @dataclass(frozen=True, slots=True)
 class FewTiling:
     """elements: of a weight that a program of a product takes, about; it is one warp. keys: of
-    attention that a program looks at in one go; warps: of such a program. fetched: whether it asks
-    for all of its other keys as well before it begins."""
+    attention that a program looks at in one go; warps: of such a program."""
 
     elements: int = 4096
     keys: int = 128
     warps: int = 8
-    fetched: bool = False
 
     def columns(self, depth: int) -> int:
         """Rows of a weight, of so many elements each, that a warp takes; a power of two."""
@@ -207,15 +198,14 @@ def _merged(
     return accumulated / tl.where(whole == 0.0, 1.0, whole)[:, None]
 
 
-@triton.jit(do_not_specialize=["max_blocks", "splits", "ahead_bytes"])
+@triton.jit(do_not_specialize=["max_blocks", "splits"])
 def _attend_few(
     qkv, cos, sin, query_norm, key_norm, slot_mapping, key_cache, value_cache, context_len,
-    block_tables, sinks, out, partial, peaks, sums, arrived, ahead, max_blocks, splits,
-    ahead_bytes, scaling, eps,
+    block_tables, sinks, out, partial, peaks, sums, arrived, max_blocks, splits, scaling, eps,
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     ANGLES: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, FETCHED: tl.constexpr, FOLLOWS: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
@@ -230,40 +220,23 @@ def _attend_few(
     if split < used:
         _attend_split(
             qkv, cos, sin, query_norm, key_norm, slot_mapping, key_cache, value_cache, sinks, out,
-            partial, peaks, sums, arrived, ahead, ahead_bytes, blocks, context, low + split * share,
+            partial, peaks, sums, arrived, blocks, context, low + split * share,
             tl.minimum(high, low + split * share + share), used, scaling, eps, BLOCK, KV_HEADS,
             GROUP, DIM, DIM_PAD, ROWS, KEYS, SPLITS, ANGLES, NORMED, EARLY, WINDOW, SINKS,
-            PRECISION, FETCHED, FOLLOWS,
+            PRECISION, FOLLOWS,
         )  # fmt: skip
     else:
         await_previous(FOLLOWS)
 
 
 @triton.jit
-def _fetch_keys(
-    key_cache, value_cache, blocks, kv_head, n, end,
-    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Keys and values of the tiles from n [KEYS] on are asked for."""
-    size: tl.constexpr = DIM * (key_cache.dtype.element_ty.primitive_bitwidth // 8)
-    for _ in range(tl.min(n, 0), end, KEYS):
-        ok = n < end
-        block = tl.load(blocks + n // BLOCK, mask=ok, other=0).to(tl.int64)
-        place = ((block * BLOCK + n % BLOCK) * KV_HEADS + kv_head) * DIM
-        nbytes = tl.where(ok, size, 0)
-        fetch_early(key_cache + place, nbytes)
-        fetch_early(value_cache + place, nbytes)
-        n += KEYS
-
-
-@triton.jit
 def _attend_split(
     qkv, cos, sin, query_norm, key_norm, slot_mapping, key_cache, value_cache, sinks, out, partial,
-    peaks, sums, arrived, ahead, ahead_bytes, blocks, context, low, high, used, scaling, eps,
+    peaks, sums, arrived, blocks, context, low, high, used, scaling, eps,
     BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_PAD: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     ANGLES: tl.constexpr, NORMED: tl.constexpr, EARLY: tl.constexpr, WINDOW: tl.constexpr,
-    SINKS: tl.constexpr, PRECISION: tl.constexpr, FETCHED: tl.constexpr, FOLLOWS: tl.constexpr,
+    SINKS: tl.constexpr, PRECISION: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
     """Tiles of keys from low to high, and the token's own with the first; `used`: programs that
     have some."""
@@ -284,11 +257,6 @@ def _attend_split(
     seen = ok[:, None] & (d < DIM)[None, :]
     k = tl.load(key_cache + place, mask=seen, other=0.0)
     v = tl.load(value_cache + place, mask=seen, other=0.0)
-    if FOLLOWS and FETCHED:
-        _fetch_keys(
-            key_cache, value_cache, blocks, kv_head, (low + 1) * KEYS + lane,
-            tl.minimum(high * KEYS, context - 1), BLOCK, KV_HEADS, DIM, KEYS,
-        )  # fmt: skip
     await_previous(FOLLOWS)
 
     r = tl.arange(0, ROWS)
@@ -342,14 +310,6 @@ def _attend_split(
         v = tl.load(value_cache + place, mask=seen, other=0.0)
         accumulated, peak, total = _fold(accumulated, peak, total, q, k, v, ok, scaling, PRECISION)
 
-    if FOLLOWS:
-        # by the last programs, and behind their own loads, which would push it out of the cache
-        programs = tl.num_programs(0) * KV_HEADS * tl.num_programs(2)
-        sharing = tl.minimum(programs, FETCHING)
-        program = (split * KV_HEADS + kv_head) * tl.num_programs(0) + tl.program_id(0)
-        program -= programs - sharing
-        if program >= 0:
-            fetch_share(ahead, ahead_bytes, program, sharing, 128)
     wide = row_ok[:, None] & (d < DIM)[None, :]
     row = token * heads + head
     where = row[:, None] * DIM + d[None, :]
@@ -444,12 +404,10 @@ def _expert_of(ids, slot_of, valid, token, pair, EXPERTS: tl.constexpr):
 
 @triton.jit
 def _raise(
-    x, ids, slot_of, valid, table, lower, out, N, share,
+    x, ids, slot_of, valid, table, out, N,
     K: tl.constexpr, COLUMNS: tl.constexpr, TOPK: tl.constexpr,
     EXPERTS: tl.constexpr, FOLLOWS: tl.constexpr,
 ):  # fmt: skip
-    """lower: addresses of the weights of the next product, [K, N]. All programs of a pair ask for
-    these, each lane of each for `share` bytes, behind its own."""
     pair = tl.program_id(1)
     token = pair // TOPK
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -463,14 +421,6 @@ def _raise(
         at = weight + column[:, None] * K
         gate = _chunks(at, there[:, None], K)
         raised = _chunks(at + N * K, there[:, None], K)
-        if FOLLOWS:
-            lane = tl.program_id(0) * 32 + tl.arange(0, 32)
-            first = lane.to(tl.int64) * share
-            nbytes = N.to(tl.int64) * K * (element.primitive_bitwidth // 8)
-            fetch_early(
-                (tl.load(lower + slot) + first).to(tl.pointer_type(element)),
-                tl.maximum(tl.minimum(share, nbytes - first), 0).to(tl.int32),
-            )
         row = _chunks(x + token * K + one, one == 0, K)
         a = _dot(gate, row)
         b = _dot(raised, row)
@@ -490,7 +440,7 @@ def _lower(
     choice = lane % TOPK_PAD
     column = tl.program_id(0) * COLUMNS + lane // TOPK_PAD
     pair = token * TOPK + choice
-    # the choices and the residual are older than the kernel before
+    # the choices are older than the kernel before
     counts = (choice < TOPK) & (token < tl.load(valid))
     expert = tl.load(ids + pair, mask=counts, other=-1)
     counts = counts & (expert >= 0) & (expert < EXPERTS)
@@ -500,14 +450,13 @@ def _lower(
     at = tl.multiple_of(weight, 16) + column * K
     w = _chunks(at[:, None], (counts & (column < N))[:, None], K)
     factor = tl.load(weights + pair, mask=counts, other=0.0).to(tl.float32)
-    across = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    where = token * N + across
-    before = tl.load(residual + where, mask=across < N, other=0.0).to(tl.float32)
     await_previous(FOLLOWS)
     row = _chunks((hidden + pair * K)[:, None], counts[:, None], K)
     y = _dot(w, row).to(element).to(tl.float32) * factor
     total = tl.sum(tl.reshape(y, (COLUMNS, TOPK_PAD)), 1).to(element).to(tl.float32)
-    total += before
+    across = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    where = token * N + across
+    total += tl.load(residual + where, mask=across < N, other=0.0).to(tl.float32)
     tl.store(out + where, total.to(element), mask=across < N)
 
 
@@ -577,12 +526,8 @@ class FewTokens:
         scaling: float,
         window: int = 0,
         sinks: Tensor | None = None,
-        ahead: Tensor | None = None,
     ) -> Tensor:
         """`rotary.rotate_and_store`, then `attention.attend`, of one token for each sequence.
-
-        Args:
-            ahead: a weight that the next kernel reads, which is asked for meanwhile.
 
         Returns:
             [T, heads * dim].
@@ -604,14 +549,12 @@ class FewTokens:
             _attend_few, (tokens, kv_heads, splits),
             qkv, cos, sin, query_norm, key_norm, slot_mapping, key_cache, value_cache, context_len,
             block_tables, sinks, out, partial, peaks, sums, self._arrived[1:],
-            qkv if ahead is None else ahead,
-            block_tables.shape[1], splits, bytes_ahead(ahead), scaling, eps,
+            block_tables.shape[1], splits, scaling, eps,
             BLOCK=block, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DIM=dim,
             DIM_PAD=max(16, triton.next_power_of_2(dim)),
             ROWS=max(16, triton.next_power_of_2(heads // kv_heads)), KEYS=keys, SPLITS=splits,
             ANGLES=cos.shape[1], NORMED=norms is not None, EARLY=early, WINDOW=window,
             SINKS=sinks is not None, PRECISION="ieee" if qkv.dtype == torch.float32 else "tf32",
-            FETCHED=self._tiling.fetched and dim * qkv.element_size() % 16 == 0,
             warps=self._tiling.warps,
         )  # fmt: skip
         return out
@@ -668,7 +611,7 @@ class FewTokens:
     ) -> Tensor:
         """What the chosen experts give, a SwiGLU each, + residual.
 
-        The router's choice is that of `route`, launched just before, and residual is older.
+        The router's choice is that of `route`, launched just before.
 
         Args:
             x, residual: [T, hidden].
@@ -684,11 +627,9 @@ class FewTokens:
         topk = ids.shape[1]
         raised = x.new_empty((tokens * topk, inter))
         columns = self._tiling.columns(2 * hidden)
-        programs = triton.cdiv(inter, columns)
-        share = 16 * triton.cdiv(hidden * inter * x.element_size(), 16 * 32 * programs)
         self._launch(
-            _raise, (programs, tokens * topk),
-            x, ids, slot_of, valid, up, down, raised, inter, share,
+            _raise, (triton.cdiv(inter, columns), tokens * topk),
+            x, ids, slot_of, valid, up, raised, inter,
             K=hidden, COLUMNS=columns, TOPK=topk, EXPERTS=slot_of.shape[0],
         )  # fmt: skip
         out = torch.empty_like(x)

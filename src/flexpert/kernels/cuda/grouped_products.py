@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexpert.kernels import block_fp8 as fp8
-from flexpert.kernels.cuda.dependents import await_previous, fetch_early, following
+from flexpert.kernels.cuda.dependents import await_previous, following
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 from flexpert.kernels.cuda.mxfp4_few import few_rows_product, fits
 from flexpert.kernels.weight_formats import FP8, MXFP4, WeightFormat
@@ -32,9 +32,6 @@ class ProductTiling:
     waves: programs for each multiprocessor, which take several tiles; 0: one for each tile.
 
     swap: weights are the left operand, whose 64 rows the tensor cores of Hopper take at once.
-
-    early: bytes of each row of a weight that a program asks for before the kernel in front has
-    ended, where it may be launched so early.
     """
 
     rows: int
@@ -44,7 +41,6 @@ class ProductTiling:
     stages: int
     swap: bool
     waves: int = 0
-    early: int = 0
 
 
 @triton.jit
@@ -157,7 +153,7 @@ def _mxfp4_tile(
     return tl.reshape(tl.join(low, high), (codes.shape[0], DEPTH))
 
 
-@triton.jit(do_not_specialize=["slots", "first_programs"])
+@triton.jit(do_not_specialize=["slots"])
 def _product(
     x,
     index,
@@ -169,7 +165,6 @@ def _product(
     slots,
     K,
     N,
-    first_programs,
     EVEN: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -182,26 +177,11 @@ def _product(
     BIASED: tl.constexpr,
     SWAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):
-    """out[r] = x[index[r]] · W[slot of r]ᵀ; GATED: silu of the first N columns times the rest.
-
-    EARLY: the first programs ask for so many bytes of each row of a weight before it is known who
-    needs it, as if each slot had one tile of rows; 0: they do not.
-    """
-    lane = tl.arange(0, SLOTS)
-    if FOLLOWS and EARLY > 0 and tl.program_id(0) < first_programs:
-        across = (N + COLUMNS - 1) // COLUMNS
-        likely = tl.program_id(0) // across
-        first = tl.load(weights + likely, mask=likely < slots, other=0)
-        ahead = tl.program_id(0) % across * COLUMNS + tl.arange(0, COLUMNS)
-        nbytes = tl.where((first != 0) & (ahead < N), EARLY, 0)
-        pointer = first.to(tl.pointer_type(x.dtype.element_ty)) + ahead.to(tl.int64) * K
-        fetch_early(pointer, nbytes)
-        if GATED:
-            fetch_early(pointer + N * K, nbytes)
+    """out[r] = x[index[r]] · W[slot of r]ᵀ; GATED: silu of the first N columns times the rest."""
     await_previous(FOLLOWS)
+    lane = tl.arange(0, SLOTS)
     begins = tl.load(offsets + lane, mask=lane < slots, other=0)
     ends = tl.load(offsets + lane + 1, mask=lane < slots, other=0)
     row_tiles = (ends - begins + ROWS - 1) // ROWS
@@ -414,6 +394,7 @@ def grouped_product(
     expected: int | None = None,
     tiling: ProductTiling | None = None,
     deterministic: bool = False,
+    follows: bool = False,
 ) -> Tensor:
     """Each row times its expert's weights, transposed, plus its bias.
 
@@ -433,6 +414,7 @@ def grouped_product(
         gated: return silu(first half) · second half of the results.
         expected: how many rows there will be, about, for the choice of a tiling; None: all.
         deterministic: a row has the same bits whatever number of rows there is.
+        follows: begin before the kernel in front has ended, see `dependents`; `mxfp4_few` does not.
 
     Returns:
         out.
@@ -457,9 +439,6 @@ def grouped_product(
         tiling = choose(expected, slots, gated=gated, packed=packed, dtype=x.dtype)
     if packed is FP8 and fp8.BLOCK % tiling.depth:
         raise ValueError(f"a tile {tiling.depth} deep crosses blocks of {fp8.BLOCK} with scales")
-    early = 0
-    if packed is None and tiling.swap and depth * x.element_size() % 16 == 0:
-        early = min(tiling.early, depth * x.element_size())
     # a tile that is not full belongs to a slot of its own
     bound = launched // tiling.rows + min(slots, launched)
     programs = bound * triton.cdiv(columns, tiling.columns)
@@ -476,7 +455,6 @@ def grouped_product(
         slots,
         depth,
         columns,
-        multiprocessor_count(x.device, interpreted=2),
         EVEN=depth % tiling.depth == 0,
         SLOTS=triton.next_power_of_2(slots),
         ROWS=tiling.rows,
@@ -491,8 +469,7 @@ def grouped_product(
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=tiling.warps,
         num_stages=tiling.stages,
-        EARLY=early,
-        **following(x.device),
+        **following(x.device, wanted=follows),
         enable_fp_fusion=not deterministic,  # each tiling would fuse what it likes
     )
     return out

@@ -25,17 +25,17 @@ def _rms_norm(
     EARLY: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):
+    await_previous(FOLLOWS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     ok = (row < rows) & (column < N)
     where = row.to(tl.int64) * N + column
-    scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
-    await_previous(FOLLOWS)
     value = tl.load(x + where, mask=ok, other=0.0).to(tl.float32)
     mean = tl.sum(value * value, 1) / N
     value = value * tl.rsqrt(mean + eps)[:, None]
     if EARLY:
         value = value.to(y.dtype.element_ty).to(tl.float32)
+    scale = tl.load(weight + column, mask=column < N, other=0.0).to(tl.float32)
     tl.store(y + where, (value * scale).to(y.dtype.element_ty), mask=ok)
 
 
@@ -46,12 +46,15 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone() if x.data_ptr() % 16 else x
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, early: bool, follows: bool = False
+) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension, in float32.
 
     Args:
         x: [..., n]; weight: [n], contiguous; of one dtype, or the weight float32.
         early: round to x's dtype before the multiplication by weight as well as after.
+        follows: begin before the kernel in front has ended, see `dependents`.
 
     Returns:
         [..., n] of x's dtype.
@@ -76,6 +79,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool) -> Tensor:
         ROWS=together,
         EARLY=early,
         num_warps=8 if columns * together > _ELEMENTS else 4,
-        **following(x.device),
+        **following(x.device, wanted=follows),
     )
     return y

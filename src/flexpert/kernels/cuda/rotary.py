@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.dependents import await_previous, following
-
 _HEADS = 8  # of a program
 
 
@@ -40,7 +38,6 @@ def _rotate_and_store(
     ANGLES: tl.constexpr,
     NORMED: tl.constexpr,
     EARLY: tl.constexpr,
-    FOLLOWS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
@@ -49,7 +46,6 @@ def _rotate_and_store(
     ok = (head < QUERY + 2 * KEY) & (d < DIM)
     is_query = head < QUERY
     is_value = head >= QUERY + KEY
-    await_previous(FOLLOWS)
     row = qkv + (token * (QUERY + 2 * KEY) + head) * DIM
     given = tl.load(row + d, mask=ok, other=0.0)
     x = given.to(tl.float32)
@@ -143,6 +139,5 @@ def rotate_and_store(
         NORMED=norms is not None,
         EARLY=early,
         num_warps=4,
-        **following(qkv.device),
     )
     return query

@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.dependents import await_previous, following
-
 _ELEMENTS = 1024  # of a program
 
 
@@ -24,9 +22,7 @@ def _choose(
     TOPK_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     NORMED: tl.constexpr,
-    FOLLOWS: tl.constexpr,
 ):
-    await_previous(FOLLOWS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, EXPERTS_PAD)[None, :]
     there = (row < tokens)[:, None]
@@ -96,6 +92,5 @@ def choose_experts(
         ROWS=rows,
         NORMED=normalised,
         num_warps=1 if rows == 1 else 4,
-        **following(logits.device),
     )
     return weights, ids

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.dependents import await_previous, bytes_ahead, fetch_share, following
+from flexpert.kernels.cuda.dependents import await_previous, following
 
 SINGLE = 4096
 """Choices up to which one program sorts all of them; more are shared among many."""
@@ -64,17 +64,22 @@ def _sort_alone(
 ):
     await_previous(FOLLOWS)
     lane = tl.arange(0, SLOTS)
-    i = tl.arange(0, CHUNK)
-    slot, ok = _slots_of(ids, slot_of, valid, i, choices, experts, TOPK)
-    count = tl.histogram(slot, SLOTS, mask=ok)
+    count = tl.zeros((SLOTS,), tl.int32)
+    for start in range(0, choices, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        slot, ok = _slots_of(ids, slot_of, valid, i, choices, experts, TOPK)
+        count += tl.histogram(slot, SLOTS, mask=ok)
     past = tl.cumsum(count, 0)
     tl.store(cursor + lane, past - count)
     tl.store(offsets + lane + 1, past, mask=lane < slots)
     tl.store(offsets + lane, tl.zeros((SLOTS,), tl.int32), mask=lane == 0)
     tl.debug_barrier()
-    place = tl.atomic_add(cursor + slot, 1, mask=ok, sem="relaxed")
-    tl.store(token + place, i // TOPK, mask=ok)
-    tl.store(row + i, tl.where(ok, place, -1), mask=i < choices)
+    for start in range(0, choices, CHUNK):
+        i = start + tl.arange(0, CHUNK)
+        slot, ok = _slots_of(ids, slot_of, valid, i, choices, experts, TOPK)
+        place = tl.atomic_add(cursor + slot, 1, mask=ok, sem="relaxed")
+        tl.store(token + place, i // TOPK, mask=ok)
+        tl.store(row + i, tl.where(ok, place, -1), mask=i < choices)
 
 
 @triton.jit(do_not_specialize=["choices", "experts"])
@@ -88,9 +93,7 @@ def _count(
     TOPK: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
-    FOLLOWS: tl.constexpr,
 ):
-    await_previous(FOLLOWS)
     i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     slot, ok = _slots_of(ids, slot_of, valid, i, choices, experts, TOPK)
     count = tl.histogram(slot, SLOTS, mask=ok)
@@ -113,9 +116,7 @@ def _scatter(
     TOPK: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
-    FOLLOWS: tl.constexpr,
 ):
-    await_previous(FOLLOWS)
     lane = tl.arange(0, SLOTS)
     past = tl.cumsum(tl.load(counts + lane), 0)
     begin = past - tl.load(counts + lane)
@@ -129,25 +130,19 @@ def _scatter(
     tl.store(row + i, tl.where(ok, place, -1), mask=i < choices)
 
 
-@triton.jit(do_not_specialize=["ahead_bytes"])
+@triton.jit
 def _combine(
     y,
     row,
     weights,
     residual,
     out,
-    ahead,
     hidden,
-    ahead_bytes,
     TOPK: tl.constexpr,
     WIDTH: tl.constexpr,
     ADDED: tl.constexpr,
     FOLLOWS: tl.constexpr,
 ):
-    if FOLLOWS:
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        programs = tl.num_programs(0) * tl.num_programs(1)
-        fetch_share(ahead, ahead_bytes, program, programs, 128)
     await_previous(FOLLOWS)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
@@ -166,7 +161,9 @@ def _combine(
     tl.store(out + token * hidden + column, total, mask=ok)
 
 
-def sort_by_slot(expert_ids: Tensor, slot_of: Tensor, valid: Tensor, slots: int) -> SortedRows:
+def sort_by_slot(
+    expert_ids: Tensor, slot_of: Tensor, valid: Tensor, slots: int, *, follows: bool = False
+) -> SortedRows:
     """Sort the choices of a router by the slot of their expert; within a slot in any order.
 
     Args:
@@ -174,6 +171,8 @@ def sort_by_slot(expert_ids: Tensor, slot_of: Tensor, valid: Tensor, slots: int)
         slot_of: [experts] int32, the slot of each expert; -1 = not held.
         valid: [1] int32, tokens that count; the rest is padding.
         slots: how many there are.
+        follows: of up to `SINGLE` choices: begin before the kernel in front has ended, see
+            `dependents`.
     """
     tokens, topk = expert_ids.shape
     choices = tokens * topk
@@ -184,7 +183,7 @@ def sort_by_slot(expert_ids: Tensor, slot_of: Tensor, valid: Tensor, slots: int)
         torch.empty(choices, dtype=torch.int32, device=device),
         torch.empty((tokens, topk), dtype=torch.int32, device=device),
     )
-    common = {"TOPK": topk, "SLOTS": power, **following(device)}
+    common = {"TOPK": topk, "SLOTS": power}
     experts = slot_of.shape[0]
     if choices <= SINGLE:
         cursor = torch.empty(power, dtype=torch.int32, device=device)
@@ -200,8 +199,9 @@ def sort_by_slot(expert_ids: Tensor, slot_of: Tensor, valid: Tensor, slots: int)
             experts,
             slots,
             **common,
-            CHUNK=max(32, triton.next_power_of_2(choices)),
-            num_warps=max(4, min(32, triton.next_power_of_2(choices) // 64)),
+            CHUNK=min(_CHUNK, max(32, triton.next_power_of_2(choices))),
+            num_warps=8 if choices > 256 else 4,
+            **following(device, wanted=follows),
         )
         return result
     counts = torch.zeros((2, power), dtype=torch.int32, device=device)
@@ -234,7 +234,8 @@ def combine(
     weights: Tensor,
     out: Tensor,
     residual: Tensor | None = None,
-    ahead: Tensor | None = None,
+    *,
+    follows: bool = False,
 ) -> Tensor:
     """out[t] = Σ_k weights[t, k] · y[row[t, k]], in float32 and the order of k: with the bits of a
     combine that sums at home (`comm.cuda.combine_kernels.reduce`).
@@ -245,7 +246,7 @@ def combine(
         weights: [tokens, k] float, contiguous.
         out: [tokens, hidden] of any float dtype, contiguous.
         residual: of its shape and dtype, contiguous; added to the rounded sums. None: nothing is.
-        ahead: a weight that the next kernels read, which is asked for meanwhile.
+        follows: begin before the kernel in front has ended, see `dependents`.
 
     Returns:
         out.
@@ -255,8 +256,8 @@ def combine(
         return out
     width = min(1024, triton.next_power_of_2(hidden))
     _combine[(tokens, triton.cdiv(hidden, width))](
-        y, row, weights, residual, out, out if ahead is None else ahead, hidden,
-        bytes_ahead(ahead), TOPK=row.shape[1], WIDTH=width,
-        ADDED=residual is not None, num_warps=4, enable_fp_fusion=False, **following(y.device),
+        y, row, weights, residual, out, hidden, TOPK=row.shape[1], WIDTH=width,
+        ADDED=residual is not None, num_warps=4, enable_fp_fusion=False,
+        **following(y.device, wanted=follows),
     )  # fmt: skip
     return out

@@ -1,10 +1,8 @@
 """A decoder layer of a decode step with more tokens than `few_tokens` takes: products on the tensor
 cores, and what stands between them in as few kernels.
 
-What takes the time is still the reading of weights. So kernels are launched as each other's
-programmatic dependents, and a product's programs have their weights brought into the L2 cache while
-the kernel in front still runs: the memory has something to do while a norm, a router or the end of
-attention has not.
+Kernels are launched as each other's programmatic dependents (`dependents`): nine for a layer, of
+which no one waits for its own launch.
 
 A linear layer's columns are cut among so many programs that all of the GPU reads; the last program
 of a tile to end adds the parts up, in their order. A router's rows are cut in the same way, and the
@@ -26,33 +24,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexpert.kernels.cuda.dependents import await_previous, fetch_early, following
+from flexpert.kernels.cuda.dependents import await_previous, following
 from flexpert.kernels.cuda.few_tokens import FewTiling, FewTokens
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 from flexpert.kernels.cuda.norm import rms_norm
 from flexpert.kernels.step_shapes import SOME_TOKENS
 
 MOST_TOKENS: Final = SOME_TOKENS
-MOST_ROWS: Final = 128
-"""Of a linear layer here. With more, rows are read so often that a library's kernel, which shares
-them among multiprocessors, is faster."""
+"""With more, rows are read so often that a library's products, which share them among
+multiprocessors, are faster."""
 _ROUTED: Final = 16  # rows of a program that routes: the least that tensor cores take
 _COUNTERS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class SomeTiling:
-    """Of a linear layer. columns: of a tile, rows of the weight. depth: of a tile. warps: with up
-    to 64 rows; with more, twice as many. fill: programs for each multiprocessor, about. fetched:
-    whether weights are asked for early. routed: elements of a router's weight that a program holds.
+    """Of a linear layer. columns: of a tile, rows of the weight. depth: of a tile. stages: with up
+    to 64 rows, that are loaded ahead; with more, two thirds of them. fill: programs for each
+    multiprocessor, about. routed: elements of a router's weight that a program holds.
     """
 
-    columns: int = 128
-    depth: int = 64
+    columns: int = 64
+    depth: int = 128
     warps: int = 4
-    stages: int = 4
+    stages: int = 6
     fill: float = 1.0
-    fetched: bool = True
     routed: int = 128 * 256
 
 
@@ -60,7 +56,7 @@ class SomeTiling:
 def _project_some(
     x, weight, bias, residual, out, sums, arrived, rows, N, K, part,
     PARTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
-    BIASED: tl.constexpr, ADDED: tl.constexpr, FETCHED: tl.constexpr, FOLLOWS: tl.constexpr,
+    BIASED: tl.constexpr, ADDED: tl.constexpr, FOLLOWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -70,9 +66,6 @@ def _project_some(
     end = tl.minimum(K, first + part)
     element = out.dtype.element_ty
     own = weight + tl.where(column_ok, column, 0).to(tl.int64) * K
-    if FOLLOWS and FETCHED:
-        nbytes = (end - first) * (element.primitive_bitwidth // 8)
-        fetch_early(own + first, tl.where(column_ok, nbytes, 0))
     await_previous(FOLLOWS)
     row = tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
@@ -197,7 +190,7 @@ class SomeTokens:
         self._arrived = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
         self._launched = following(device)
         self._processors = multiprocessor_count(device, interpreted=4)
-        self._attention = FewTokens(device, FewTiling(keys=64, warps=4, fetched=True))
+        self._attention = FewTokens(device, FewTiling(keys=64, warps=4))
         self.attend = self._attention.attend
 
     def project(
@@ -219,12 +212,12 @@ class SomeTokens:
             [T, N].
         """
         if norm is not None:
-            x = rms_norm(x, norm[0], norm[1], early=norm[2])
+            x = rms_norm(x, norm[0], norm[1], early=norm[2], follows=True)
         tokens, depth = x.shape
         columns = weight.shape[0]
         tiling = self._tiling
         tiles = triton.cdiv(columns, tiling.columns)
-        if tokens > MOST_ROWS or depth % tiling.depth or tiles > _COUNTERS:
+        if tokens > MOST_TOKENS or depth % tiling.depth or tiles > _COUNTERS:
             y = F.linear(x, weight, bias)
             return y if residual is None else y + residual
         part = part_of(tiles, depth, tiling.depth, int(tiling.fill * self._processors))
@@ -237,10 +230,11 @@ class SomeTokens:
             x, weight, bias, residual, out, sums, self._arrived, tokens, columns, depth, part,
             PARTS=parts, COLUMNS=tiling.columns,
             ROWS=max(16, triton.next_power_of_2(tokens)), DEPTH=tiling.depth,
-            BIASED=bias is not None, ADDED=residual is not None, FETCHED=tiling.fetched,
+            BIASED=bias is not None, ADDED=residual is not None,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-            num_warps=tiling.warps if tokens <= 64 else 2 * tiling.warps,
-            num_stages=tiling.stages, **self._launched,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages if tokens <= 64 else 2 * tiling.stages // 3,
+            **self._launched,
         )  # fmt: skip
         return out
 

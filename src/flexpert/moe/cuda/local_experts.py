@@ -110,16 +110,20 @@ class LocalExperts:
         weights: Tensor,
         residual: Tensor | None,
         apply_gate: Gate,
-        ahead: Tensor | None = None,
     ) -> Tensor:
+        """With a residual, as kernels that follow those which have computed what is given."""
         self.walked += 1
         out = torch.empty_like(x)
         if x.shape[0] == 0:
             return out
-        experts = self._experts
-        rows = sort_by_slot(expert_ids, self._slot_of[layer], self._tokens, experts.slots)
-        y = experts.compute(layer, x, rows.token, rows.offsets, rows.token.shape[0], apply_gate)
-        return combine(y, rows.row, weights, out, residual, ahead)
+        experts, follows = self._experts, residual is not None
+        rows = sort_by_slot(
+            expert_ids, self._slot_of[layer], self._tokens, experts.slots, follows=follows
+        )
+        y = experts.compute(
+            layer, x, rows.token, rows.offsets, len(rows.token), apply_gate, follows=follows
+        )
+        return combine(y, rows.row, weights, out, residual, follows=follows)
 
     def forward_added(
         self,
@@ -129,14 +133,13 @@ class LocalExperts:
         weights: Tensor,
         residual: Tensor,
         apply_gate: Gate,
-        ahead: Tensor | None = None,
     ) -> Tensor | None:
         """As `AddingMoELayers.forward_added`."""
         if self._few is None:
             return None
         experts = self._experts
         if x.shape[0] > MOST_TOKENS or not experts.takes_few(expert_ids.shape[1], apply_gate):
-            return self._forward(layer, x, expert_ids, weights, residual, apply_gate, ahead)
+            return self._forward(layer, x, expert_ids, weights, residual, apply_gate)
         self.walked += 1
         return self._few.experts(
             x,
