@@ -216,6 +216,9 @@ def test_choices_are_sorted_by_slot_and_combined_by_token(
     out = routing.combine(y, found.row, weights, torch.full((tokens, HIDDEN), math.nan))
     taken = torch.where((found.row >= 0)[..., None], y[found.row.long().clamp(0)], 0.0)
     torch.testing.assert_close(out, (taken * weights[..., None]).sum(1))
+    before = randn(tokens, HIDDEN, seed=5)
+    added = routing.combine(y, found.row, weights, torch.empty_like(out), before)
+    torch.testing.assert_close(added, out + before)
 
 
 @pytest.mark.parametrize("early", [True, False])

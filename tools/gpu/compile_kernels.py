@@ -1,4 +1,4 @@
-"""Compile exchange, experts' products, attention to prompts and latents, indexers, and sampling for Hopper
+"""Compile exchange, experts' products, layers of decode steps, attention, indexers, and sampling for Hopper
 without a GPU, and print what ptxas says.
 
     python tools/gpu/compile_kernels.py [--ptx DIRECTORY] [--deterministic]
@@ -295,7 +295,7 @@ def some(rows: int) -> dict[str, tuple[Any, ...]]:
         f"some {rows}: linear": (
             "_project_some", types | dict(residual=BF16),
             common | wide | dict(bias=None, PARTS=3, BIASED=False, ADDED=True), tiling.warps,
-            tiling.stages if rows <= 64 else 2 * tiling.stages // 3,
+            tiling.stages,
         ),
         f"some {rows}: route": (
             "_route_some",
@@ -585,7 +585,7 @@ def usual_cases() -> dict[str, tuple[Any, ...]]:
         kind = f"prompts {dim}{' split' if split else ''}{' Hopper' if by_hand else ''}"
         cases[kind] = attention_of_prompts(dim, split, by_hand)
         cases[f"{kind} chunks"] = attention_of_prompts(dim, split, by_hand, window=-8192)
-    cases |= states_in_place() | some(16) | some(64) | some(128)
+    cases |= states_in_place() | some(16) | some(64)
     for gated in (False, True):
         cases[f"few rows {'gated' if gated else 'down'}"] = ("_few_rows", *few_rows(gated))
     return cases
