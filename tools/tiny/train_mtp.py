@@ -142,11 +142,15 @@ def train(options: argparse.Namespace) -> None:
     parameters = list(model.mtp.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=options.peak, betas=(0.9, 0.95), weight_decay=0.01)
     began, step, steps = time.perf_counter(), 0, 1_000_000
+    timed = began
     recent: list[tuple[float, float]] = []
     while step < steps:
         if step == 10:
-            each = (time.perf_counter() - began) / step
-            steps = max(step + 1, int(60 * options.minutes / each))
+            timed = time.perf_counter()  # the first steps prepare a device
+        elif step == 20:
+            now = time.perf_counter()
+            left = 60 * options.minutes - (now - began)
+            steps = max(step + 1, step + int(left / (now - timed) * 10))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, options.peak, 30)
         if options.own_text:
