@@ -940,6 +940,63 @@ INLINE void store_kv(const attention_args *a) {
 static const int32_t FROM[32] = {NOT, ALL}; /* 16 from FROM + 16 - i: set from lane i on */
 static const int32_t TO[32] = {ALL, NOT};   /* 16 from TO + 15 - i: set up to lane i */
 
+/* Scores of one or two rows of queries, `apart` floats apart, with a tile of keys, KEY_TILE apart; with 16 registers of
+ * 256 bits, and the sums of level BIG. */
+INLINE void score_halves(const float *query, long apart, const float *keys, long width, int rows, float *scores) {
+    f32x16 part[2][16];
+    for (int half = 0; half < 2; half++)
+        for (int j0 = 0; j0 < 16; j0 += 4) {
+            const float *q = query + 8 * half, *k = keys + j0 * 16 + 8 * half;
+            f32x8 sum[2][4];
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int j = 0; j < 4; j++) sum[r][j] = (f32x8){0};
+            for (long c = 0; c < width; c += 16) {
+                f32x8 qs[2];
+                UNROLL for (int r = 0; r < rows; r++) qs[r] = load_half(q + r * apart + c);
+                UNROLL for (int j = 0; j < 4; j++) {
+                    const f32x8 key = load_half(k + c * KEY_TILE + j * 16);
+                    UNROLL for (int r = 0; r < rows; r++) sum[r][j] += qs[r] * key;
+                }
+            }
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int j = 0; j < 4; j++)
+                    memcpy((char *)&part[r][j0 + j] + 32 * half, &sum[r][j], 32);
+        }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int h = 0; h < 2; h++) {
+            const f32x8 eight = fold8(part[r] + 8 * h, 8);
+            memcpy(scores + r * KEY_TILE + 8 * h, &eight, 32);
+        }
+}
+
+/* Adds weighted values of keys from … to of a tile to 8 * `parts` columns of one or two rows of sums, `apart` floats
+ * apart. weights: KEY_TILE a row. */
+INLINE void weigh_columns(const float *weights, const float *values, long apart, int from, int to, int rows, int parts,
+                          float *total) {
+    f32x8 sum[2][4];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < parts; i++) sum[r][i] = load_half(total + r * apart + 8 * i);
+    for (int j = from; j <= to; j++) {
+        const float first = weights[j], second = weights[(rows - 1) * KEY_TILE + j];
+        UNROLL for (int i = 0; i < parts; i++) {
+            const f32x8 value = load_half(values + i / 2 * 16 * KEY_TILE + j * 16 + i % 2 * 8);
+            sum[0][i] += first * value;
+            if (rows == 2) sum[1][i] += second * value;
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < parts; i++) memcpy(total + r * apart + 8 * i, &sum[r][i], 32);
+}
+
+/* As `weigh_columns`, of all columns, a multiple of 16. */
+INLINE void weigh_halves(const float *weights, const float *values, long width, long apart, int from, int to, int rows,
+                         float *total) {
+    long c = 0;
+    for (; c + 32 <= width; c += 32)
+        weigh_columns(weights, values + c * KEY_TILE, apart, from, to, rows, 4, total + c);
+    if (c < width) weigh_columns(weights, values + c * KEY_TILE, apart, from, to, rows, 2, total + c);
+}
+
 /* All query rows of one sequence and one key head; `scratch` holds the tile and the panel. */
 INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch, int dtype, int level) {
     const long width = dtype == BFLOAT16 ? 2 : 4;
@@ -1005,9 +1062,9 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
             while (some < panel && high[some] < base) some++;
             while (end > some && low[end - 1] >= base + KEY_TILE) end--;
             for (long m = some; m < end; m++) {
-                const float *q = query + m * kd;
                 f32x16 score;
                 if (level >= BIG) {
+                    const float *q = query + m * kd;
                     f32x16 part[16];
                     UNROLL for (int j = 0; j < 16; j++) part[j] = (f32x16){0};
                     for (long c = 0; c < kw; c += 16) {
@@ -1017,21 +1074,11 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                     }
                     score = fold16(part);
                 } else {
-                    float scores[16];
-                    for (int j0 = 0; j0 < 16; j0 += 4) {
-                        f32x8 part[4][2];
-                        UNROLL for (int j = 0; j < 4; j++) part[j][0] = part[j][1] = (f32x8){0};
-                        for (long c = 0; c < kw; c += 16) {
-                            UNROLL for (int h = 0; h < 2; h++) {
-                                const f32x8 qv = load_half(q + c + 8 * h);
-                                const float *keys = key_tile + c * KEY_TILE + j0 * 16 + 8 * h;
-                                UNROLL for (int j = 0; j < 4; j++) part[j][h] += qv * load_half(keys + j * 16);
-                            }
-                        }
-                        UNROLL for (int j = 0; j < 4; j++)
-                            scores[j0 + j] = fold(join(part[j][0], part[j][1]));
+                    if ((m - some) % 2 == 0) { /* two rows take a key at a time */
+                        if (m + 1 < end) score_halves(query + m * kd, kd, key_tile, kw, 2, weights[m]);
+                        else score_halves(query + m * kd, kd, key_tile, kw, 1, weights[m]);
                     }
-                    memcpy(&score, scores, sizeof score);
+                    score = load_f32(weights[m]);
                 }
                 score = score * a->scaling;
                 if (a->softcap > 0.0f) { /* c * tanh(s / c), by e^(-2|s/c|) */
@@ -1055,16 +1102,16 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                 sum[m] = sum[m] * shrinks[m] + fold(weight);
                 memcpy(weights[m], &weight, sizeof weight);
             }
+            for (long m = some; m < end; m++)
+                for (long c = 0; shrinks[m] != 1.0f && c < vw; c += 16) {
+                    const f32x16 v = load_f32(acc + m * vd + c) * shrinks[m];
+                    memcpy(acc + m * vd + c, &v, sizeof v);
+                }
             for (long m = some; m < end; m++) {
                 const int from = low[m] > base ? (int)(low[m] - base) : 0;
                 const int to = high[m] < base + KEY_TILE - 1 ? (int)(high[m] - base) : KEY_TILE - 1;
                 const float *p = weights[m];
                 float *total = acc + m * vd;
-                if (shrinks[m] != 1.0f)
-                    for (long c = 0; c < vw; c += 16) {
-                        const f32x16 v = load_f32(total + c) * shrinks[m];
-                        memcpy(total + c, &v, sizeof v);
-                    }
                 if (level >= BIG && from == 0 && to == KEY_TILE - 1) { /* weights in registers */
                     for (long c = 0; c < vw; c += 16) {
                         const float *values = value_tile + c * KEY_TILE;
@@ -1079,13 +1126,12 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                         for (int j = from; j <= to; j++) v += p[j] * load_f32(values + j * 16);
                         memcpy(total + c, &v, sizeof v);
                     }
+                } else if (m + 1 < end && from == 0 && to == KEY_TILE - 1 &&
+                           low[m + 1] <= base) { /* rows see ever later keys: so the next one sees all of these */
+                    weigh_halves(p, value_tile, vw, vd, 0, KEY_TILE - 1, 2, total);
+                    m++;
                 } else {
-                    for (long c = 0; c < vw; c += 8) {
-                        const float *values = value_tile + c / 16 * 16 * KEY_TILE + c % 16;
-                        f32x8 v = load_half(total + c);
-                        for (int j = from; j <= to; j++) v += p[j] * load_half(values + j * 16);
-                        memcpy(total + c, &v, sizeof v);
-                    }
+                    weigh_halves(p, value_tile, vw, vd, from, to, 1, total);
                 }
             }
         }
