@@ -170,23 +170,22 @@ INLINE f32x16 fold16(const f32x16 *a) {
            SHUFFLE(p[0], p[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* As `fold16`, of up to 8 vectors in memory, for what has 256 bits. */
-INLINE f32x8 fold8(const f32x16 *a, int live) {
-    f32x8 h[8], q[4], p[2];
 #if defined(__clang__)
-#define MIX(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#define SHUFFLE8(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define MIX(A, B, ...) __builtin_shuffle(A, B, (i32x8){__VA_ARGS__})
+#define SHUFFLE8(a, b, ...) __builtin_shuffle(a, b, (i32x8){__VA_ARGS__})
 #endif
-    UNROLL for (int i = 0; i < 8; i++)
-        h[i] = i < live ? load_half(a + i) + load_half((const char *)(a + i) + 32) : (f32x8){0};
+
+/* As `fold16`, of the first `live` of 8 vectors whose halves are added up already; the others count as 0. */
+INLINE f32x8 fold8(const f32x8 *a, int live) {
+    f32x8 h[8], q[4], p[2];
+    UNROLL for (int i = 0; i < 8; i++) h[i] = i < live ? a[i] : (f32x8){0};
     UNROLL for (int i = 0; i < 4; i++)
-        q[i] = MIX(h[i], h[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) + MIX(h[i], h[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+        q[i] = SHUFFLE8(h[i], h[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE8(h[i], h[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     UNROLL for (int i = 0; i < 2; i++)
-        p[i] = MIX(q[2 * i], q[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-               MIX(q[2 * i], q[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-    return MIX(p[0], p[1], 0, 2, 8, 10, 4, 6, 12, 14) + MIX(p[0], p[1], 1, 3, 9, 11, 5, 7, 13, 15);
-#undef MIX
+        p[i] = SHUFFLE8(q[2 * i], q[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               SHUFFLE8(q[2 * i], q[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return SHUFFLE8(p[0], p[1], 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE8(p[0], p[1], 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
 /* e^x for x <= 0, within 2 ulp; about 1e-38 below -87. */
@@ -283,51 +282,6 @@ INLINE void dot_2_by_6(const char *x, const char *w, long row, int dtype, f32x8 
 }
 #endif
 
-/* As `dot_tile`, with 16 registers of 256 bits: the lower lanes of all sums, then the upper ones. Or, of
- * one row, both at once, so that a line of weights is read once. */
-INLINE void dot_halves(const char **x, const char **w, long k, int rows, int outs, int dtype,
-                       const char *ahead, int lines, f32x16 *acc) {
-    const long width = dtype == BFLOAT16 ? 2 : 4, bytes = k * width / 64 * 64, row = k * width;
-    const int at_once = rows == 1 ? 2 : 1;
-    for (int half = 0; half < 2; half += at_once) {
-        f32x8 sum[2][12];
-        UNROLL for (int h = 0; h < at_once; h++)
-            UNROLL for (int t = 0; t < rows * outs; t++) sum[h][t] = (f32x8){0};
-        for (long i = 0; i < bytes; i += 64) {
-            /* of the lines that are wanted later one half now, the other in the second turn */
-            fetch_ahead(ahead + i + half * lines / 2 * row, row, rows == 1 ? lines : lines / 2);
-#if defined(__x86_64__)
-            if (rows == 2 && outs == 6) {
-                dot_2_by_6(x[0] + i + 32 * half, w[0] + i + 32 * half, row, dtype, sum[0]);
-                continue;
-            }
-#endif
-            UNROLL for (int h = 0; h < at_once; h++) {
-                const long at = i + 32 * (half + h);
-#define PART(LOADED)                                                                               \
-    {                                                                                              \
-        f32x8 xs[2];                                                                               \
-        UNROLL for (int r = 0; r < rows; r++) xs[r] = LOADED(x[r] + at);                           \
-        UNROLL for (int o = 0; o < outs; o++) {                                                    \
-            const f32x8 wo = LOADED(w[o] + at);                                                    \
-            UNROLL for (int r = 0; r < rows; r++) sum[h][r * outs + o] += xs[r] * wo;              \
-        }                                                                                          \
-    }
-#define ODD(P) odd8(load_pairs(P))
-#define EVEN(P) even8(load_pairs(P))
-                if (dtype == BFLOAT16) PART(ODD) else PART(load_half)
-                if (dtype == BFLOAT16) PART(EVEN)
-#undef EVEN
-#undef ODD
-#undef PART
-            }
-        }
-        UNROLL for (int h = 0; h < at_once; h++)
-            UNROLL for (int t = 0; t < rows * outs; t++)
-                memcpy((char *)&acc[t] + 32 * (half + h), &sum[h][t], 32);
-    }
-}
-
 /* Dot products of `rows` x rows with `outs` weight rows, rows * outs <= 16, both compile-time.
  * acc[r * outs + o] = x[r] . w[o] over `k` elements, 16 partial sums; acc starts at 0. Meanwhile as much
  * of `lines` weight rows that come later is fetched from `ahead` on: what is computed hides what is
@@ -337,7 +291,6 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
     const long step = dtype == BFLOAT16 ? 32 : 16;
     const long width = dtype == BFLOAT16 ? 2 : 4;
     long whole = k / step * step;
-    if (level == HALVES) dot_halves(x, w, k, rows, outs, dtype, ahead, lines, acc);
     if (level == SMALL) {
         f32x8 sum[4][2];
         UNROLL for (int t = 0; t < rows * outs; t++) sum[t][0] = sum[t][1] = (f32x8){0};
@@ -428,12 +381,10 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
 
 /* The sums of a tile, with the bias: the first `live_rows` and `live_outs` of it. */
 INLINE void store_tile(const f32x16 *acc, const char *bias, char *y, long n, int live_rows,
-                       int live_outs, int rows, int outs, int dtype, int level) {
+                       int live_outs, int rows, int outs, int dtype) {
     float sums[16] = {0};
-    if (rows * outs >= 8 || level == HALVES) { /* what there is not of 16 is 0 */
-        f32x16 s;
-        if (level == HALVES) s = join(fold8(acc, rows * outs), fold8(acc + 8, rows * outs - 8));
-        else s = fold16(acc);
+    if (rows * outs >= 8) { /* what there is not of 16 is 0 */
+        f32x16 s = fold16(acc);
         if (dtype == BFLOAT16 && live_outs == outs) {
             uint16_t add[16] = {0};
             UNROLL for (int r = 0; r < rows; r++)
@@ -471,9 +422,9 @@ INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y,
     f32x16 acc[16];
     UNROLL for (int r = 0; r < rows; r++) xp[r] = x + (r < live_rows ? r : live_rows - 1) * k * width;
     UNROLL for (int o = 0; o < outs; o++) wp[o] = w + (o < live_outs ? o : live_outs - 1) * k * width;
-    UNROLL for (int i = 0; level != HALVES && i < 16; i++) acc[i] = (f32x16){0};
+    UNROLL for (int i = 0; i < 16; i++) acc[i] = (f32x16){0};
     dot_tile(xp, wp, k, rows, outs, dtype, level, ahead, lines, acc);
-    store_tile(acc, bias, y, n, live_rows, live_outs, rows, outs, dtype, level);
+    store_tile(acc, bias, y, n, live_rows, live_outs, rows, outs, dtype);
 }
 
 enum { COPIED = 32 << 10 }; /* bytes of weights that are copied to where they lie as vectors do */
@@ -524,36 +475,120 @@ INLINE void linear_panel(const char *x, const char *w, const char *bias, char *y
 #undef TILE
 }
 
+/* `rows` x `outs` dot products go on by half a vector of 16 sums; x, w: where rows are now, `row` bytes apart. */
+INLINE void dot_half(const char *x, const char *w, long row, int rows, int outs, int dtype, f32x8 *sum) {
+#if defined(__x86_64__)
+    if (rows == 2 && outs == 6) {
+        dot_2_by_6(x, w, row, dtype, sum);
+        return;
+    }
+#endif
+#define TAKE(PART)                                                                                 \
+    {                                                                                              \
+        f32x8 xs[2];                                                                               \
+        UNROLL for (int r = 0; r < rows; r++) xs[r] = PART(x + r * row);                           \
+        UNROLL for (int o = 0; o < outs; o++) {                                                    \
+            const f32x8 wo = PART(w + o * row);                                                    \
+            UNROLL for (int r = 0; r < rows; r++) sum[r * outs + o] += xs[r] * wo;                 \
+        }                                                                                          \
+    }
+#define ODD(P) odd8(load_pairs(P))
+#define EVEN(P) even8(load_pairs(P))
+    if (dtype == BFLOAT16) {
+        TAKE(ODD)
+        TAKE(EVEN)
+    } else {
+        TAKE(load_half)
+    }
+#undef EVEN
+#undef ODD
+#undef TAKE
+}
+
+/* A tile of y = x w^T + b with 16 registers of 256 bits: the lower lanes of all sums, then the upper ones; or, of one
+ * row, both at once, so that a line of weights is read once. rows: 1 or 2; outs: up to 6; ahead: as in `dot_tile`. */
+INLINE void tile_halves(const char *x, const char *w, const char *bias, char *y, long k, long stride, int rows,
+                        int outs, int dtype, const char *ahead, int lines) {
+    const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width, whole = row / 64 * 64;
+    const int count = rows * outs, at_once = rows == 1 ? 2 : 1;
+    f32x8 sum[2][12];
+    char rest[8][64]; /* of x and of w what is no whole line, padded with zeros */
+    if (whole < row)
+        UNROLL for (int i = 0; i < rows + outs; i++) {
+            memset(rest[i], 0, 64);
+            memcpy(rest[i], (i < rows ? x + i * row : w + (i - rows) * row) + whole, row - whole);
+        }
+    for (int half = 0; half < 2; half += at_once) {
+        f32x8 now[2][12];
+        UNROLL for (int h = 0; h < at_once; h++)
+            UNROLL for (int t = 0; t < count; t++) now[h][t] = (f32x8){0};
+        for (long i = 0; i < whole; i += 64) {
+            /* of the lines that are wanted later one half now, the other in the second turn */
+            fetch_ahead(ahead + i + half * lines / 2 * row, row, rows == 1 ? lines : lines / 2);
+            UNROLL for (int h = 0; h < at_once; h++)
+                dot_half(x + i + 32 * (half + h), w + i + 32 * (half + h), row, rows, outs, dtype, now[h]);
+        }
+        if (whole < row)
+            UNROLL for (int h = 0; h < at_once; h++)
+                dot_half(rest[0] + 32 * (half + h), rest[rows] + 32 * (half + h), 64, rows, outs, dtype, now[h]);
+        UNROLL for (int t = 0; t < count; t++) {
+            if (at_once == 2) sum[0][t] = now[0][t] + now[1][t];
+            else if (half == 0) sum[0][t] = now[0][t];
+            else sum[0][t] += now[0][t];
+        }
+    }
+    f32x16 s = join(fold8(sum[0], count), count > 8 ? fold8(sum[0] + 8, count - 8) : (f32x8){0});
+    if (dtype == BFLOAT16) {
+        if (bias) {
+            uint16_t add[16] = {0};
+            UNROLL for (int r = 0; r < rows; r++) memcpy(add + r * outs, bias, outs * 2);
+            s += (f32x16)(__builtin_convertvector(load_u16(add), u32x16) << 16);
+        }
+        const u16x16 rounded = round16(s);
+        UNROLL for (int r = 0; r < rows; r++) memcpy(y + r * stride * 2, (const char *)&rounded + r * outs * 2, outs * 2);
+    } else {
+        if (bias) {
+            float add[16] = {0};
+            UNROLL for (int r = 0; r < rows; r++) memcpy(add + r * outs, bias, outs * 4);
+            s += load_f32(add);
+        }
+        UNROLL for (int r = 0; r < rows; r++) memcpy(y + r * stride * 4, (const char *)&s + r * outs * 4, outs * 4);
+    }
+}
+
 /* As `linear_group`, with 16 registers of 256 bits: tiles of 2 x 6, whose six weight rows stay in the nearest
  * cache for all rows of x, and meanwhile the next six are fetched. */
 INLINE void linear_halves(const char *x, const char *w, const char *bias, char *y, long rows, long k,
                           long n, long stride, int dtype) {
-    const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width;
-#define TILE(R, O, LIVE, LINES)                                                                    \
-    linear_tile(x + r * row, w + o * row, bias ? bias + o * width : NULL, y + (r * stride + o) * width, k,      \
-                stride, R, LIVE, R, O, dtype, HALVES, ahead, LINES)
-    const long every = rows < 12 ? 1 : rows / 6; /* tiles of which one fetches */
+    const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width, every = rows < 12 ? 1 : rows / 6;
     long o = 0;
+#define TILE(R, O, LINES)                                                                          \
+    tile_halves(x + r * row, w + o * row, bias ? bias + o * width : NULL, y + (r * stride + o) * width, k,      \
+                stride, R, O, dtype, ahead, LINES)
+#define FETCHING(ROWS, LINES) (TILE(ROWS, 6, LINES), ahead += (LINES) * row, left -= LINES)
     for (; o + 6 <= n; o += 6) {
         const char *ahead = w + (o + 6) * row;
         long r = 0, left = o + 12 <= n ? 6 : 0;
-#define FETCHING(ROWS, LINES) (TILE(ROWS, 6, 6, LINES), ahead += (LINES) * row, left -= LINES)
         for (; r + 2 <= rows; r += 2) {
-            if (left == 0 || r / 2 % every != every - 1) TILE(2, 6, 6, 0);
+            if (left == 0 || r / 2 % every != every - 1) TILE(2, 6, 0);
             else if (rows < 4) FETCHING(2, 6);
             else if (rows < 6 && left == 6) FETCHING(2, 4);
             else FETCHING(2, 2);
         }
-        if (r < rows && left == 6) TILE(1, 6, 6, 6);
-        else if (r < rows) TILE(1, 6, 6, 0);
+        if (r < rows && left == 6) TILE(1, 6, 6);
+        else if (r < rows) TILE(1, 6, 0);
+    }
 #undef FETCHING
+#define REST(O)                                                                                    \
+    for (; o + O <= n; o += O) {                                                                   \
+        long r = 0;                                                                                \
+        for (; r + 2 <= rows; r += 2) TILE(2, O, 0);                                               \
+        if (r < rows) TILE(1, O, 0);                                                               \
     }
-    for (const char *ahead = w; o < n; o += 4) {
-        const int live = (int)(n - o < 4 ? n - o : 4);
-        long r = 0;
-        for (; r + 2 <= rows; r += 2) TILE(2, 4, live, 0);
-        if (r < rows) TILE(1, 4, live, 0);
-    }
+    const char *ahead = w;
+    REST(4)
+    REST(1)
+#undef REST
 #undef TILE
 }
 
@@ -943,7 +978,7 @@ static const int32_t TO[32] = {ALL, NOT};   /* 16 from TO + 15 - i: set up to la
 /* Scores of one or two rows of queries, `apart` floats apart, with a tile of keys, KEY_TILE apart; with 16 registers of
  * 256 bits, and the sums of level BIG. */
 INLINE void score_halves(const float *query, long apart, const float *keys, long width, int rows, float *scores) {
-    f32x16 part[2][16];
+    f32x8 part[2][16];
     for (int half = 0; half < 2; half++)
         for (int j0 = 0; j0 < 16; j0 += 4) {
             const float *q = query + 8 * half, *k = keys + j0 * 16 + 8 * half;
@@ -959,8 +994,7 @@ INLINE void score_halves(const float *query, long apart, const float *keys, long
                 }
             }
             UNROLL for (int r = 0; r < rows; r++)
-                UNROLL for (int j = 0; j < 4; j++)
-                    memcpy((char *)&part[r][j0 + j] + 32 * half, &sum[r][j], 32);
+                UNROLL for (int j = 0; j < 4; j++) part[r][j0 + j] = half ? part[r][j0 + j] + sum[r][j] : sum[r][j];
         }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int h = 0; h < 2; h++) {
