@@ -249,10 +249,14 @@ INLINE long dot_across_lines(const char **x, const char **w, long k, int rows, i
 #endif
 
 #if defined(__x86_64__)
-/* 2 x 6 dot products go on by half a vector of 16 sums, in the 16 registers that there are: what a compiler makes of
- * it keeps one sum in memory, and takes twice the time. x, w: where the two rows and the six are now, of `row` bytes. */
-INLINE void dot_2_by_6(const char *x, const char *w, long row, int dtype, f32x8 *sum) {
+/* Half of the 16 sums of each of 2 x 6 dot products, over so many bytes of each row, in the 16 registers that there
+ * are: what a compiler makes of it keeps one sum in memory, and takes twice the time. So would sums of an array, which
+ * large functions keep there. x, w: the first of two rows and of six, `row` bytes apart. */
+INLINE void dot_2_by_6(const char *x, const char *w, long row, long bytes, int dtype, const char *ahead, int lines,
+                       f32x8 *sum) {
     const u32x8 high = (u32x8){0} + 0xffff0000u;
+    f32x8 a = sum[0], b = sum[1], c = sum[2], d = sum[3], e = sum[4], f = sum[5];
+    f32x8 g = sum[6], h = sum[7], i = sum[8], j = sum[9], k = sum[10], l = sum[11];
 #define ODD(FROM, INTO) "vpand " FROM ", %[high], " INTO "\n\t"
 #define EVEN(FROM, INTO) "vmovdqu " FROM ", " INTO "\n\tvpslld $16, " INTO ", " INTO "\n\t"
 #define WHOLE_F32(FROM, INTO) "vmovups " FROM ", " INTO "\n\t"
@@ -266,12 +270,17 @@ INLINE void dot_2_by_6(const char *x, const char *w, long row, int dtype, f32x8 
     PART("(%[w3],%[row])", "%%ymm15") BOTH("e", "k")                                               \
     PART("(%[w3],%[row],2)", "%%ymm15") BOTH("f", "l")
 #define SUMS                                                                                       \
-    [a] "+x"(sum[0]), [b] "+x"(sum[1]), [c] "+x"(sum[2]), [d] "+x"(sum[3]), [e] "+x"(sum[4]),      \
-        [f] "+x"(sum[5]), [g] "+x"(sum[6]), [h] "+x"(sum[7]), [i] "+x"(sum[8]), [j] "+x"(sum[9]),  \
-        [k] "+x"(sum[10]), [l] "+x"(sum[11])
-#define PLACES [high] "x"(high), [x] "r"(x), [w] "r"(w), [w3] "r"(w + 3 * row), [row] "r"(row)
-    if (dtype == BFLOAT16) __asm__(TAKE(ODD) TAKE(EVEN) : SUMS : PLACES : "memory", "xmm13", "xmm14", "xmm15");
-    else __asm__(TAKE(WHOLE_F32) : SUMS : PLACES : "memory", "xmm13", "xmm14", "xmm15");
+    [a] "+x"(a), [b] "+x"(b), [c] "+x"(c), [d] "+x"(d), [e] "+x"(e), [f] "+x"(f), [g] "+x"(g),     \
+        [h] "+x"(h), [i] "+x"(i), [j] "+x"(j), [k] "+x"(k), [l] "+x"(l)
+#define PLACES [high] "x"(high), [x] "r"(x), [w] "r"(w), [w3] "r"(w3), [row] "r"(row)
+    const char *w3 = w + 3 * row;
+    for (const char *end = x + bytes; x < end; x += 64, w += 64, w3 += 64, ahead += 64) {
+        fetch_ahead(ahead, row, lines);
+        if (dtype == BFLOAT16) __asm__(TAKE(ODD) TAKE(EVEN) : SUMS : PLACES : "memory", "xmm13", "xmm14", "xmm15");
+        else __asm__(TAKE(WHOLE_F32) : SUMS : PLACES : "memory", "xmm13", "xmm14", "xmm15");
+    }
+    sum[0] = a, sum[1] = b, sum[2] = c, sum[3] = d, sum[4] = e, sum[5] = f;
+    sum[6] = g, sum[7] = h, sum[8] = i, sum[9] = j, sum[10] = k, sum[11] = l;
 #undef PLACES
 #undef SUMS
 #undef TAKE
@@ -475,14 +484,8 @@ INLINE void linear_panel(const char *x, const char *w, const char *bias, char *y
 #undef TILE
 }
 
-/* `rows` x `outs` dot products go on by half a vector of 16 sums; x, w: where rows are now, `row` bytes apart. */
+/* As `dot_2_by_6`, of few bytes or another number of rows. */
 INLINE void dot_half(const char *x, const char *w, long row, int rows, int outs, int dtype, f32x8 *sum) {
-#if defined(__x86_64__)
-    if (rows == 2 && outs == 6) {
-        dot_2_by_6(x, w, row, dtype, sum);
-        return;
-    }
-#endif
 #define TAKE(PART)                                                                                 \
     {                                                                                              \
         f32x8 xs[2];                                                                               \
@@ -522,9 +525,18 @@ INLINE void tile_halves(const char *x, const char *w, const char *bias, char *y,
         f32x8 now[2][12];
         UNROLL for (int h = 0; h < at_once; h++)
             UNROLL for (int t = 0; t < count; t++) now[h][t] = (f32x8){0};
-        for (long i = 0; i < whole; i += 64) {
-            /* of the lines that are wanted later one half now, the other in the second turn */
-            fetch_ahead(ahead + i + half * lines / 2 * row, row, rows == 1 ? lines : lines / 2);
+        /* of the lines that are wanted later one half now, the other in the second turn */
+        const char *later = ahead + half * lines / 2 * row;
+        const int some = rows == 1 ? lines : lines / 2;
+        long i = 0;
+#if defined(__x86_64__)
+        if (rows == 2 && outs == 6) {
+            dot_2_by_6(x + 32 * half, w + 32 * half, row, whole, dtype, later, some, now[0]);
+            i = whole;
+        }
+#endif
+        for (; i < whole; i += 64) {
+            fetch_ahead(later + i, row, some);
             UNROLL for (int h = 0; h < at_once; h++)
                 dot_half(x + i + 32 * (half + h), w + i + 32 * (half + h), row, rows, outs, dtype, now[h]);
         }
