@@ -37,6 +37,7 @@ def test_without_a_gpu_the_reason_is_said_before_anything_is_built(command: str)
     [
         (["layer", "--tokens", "8,x"], "--tokens 8,x: positive numbers"),
         (["decode", "--batch", "0"], "--batch 0: positive numbers"),
+        (["layer", "--ranks", "1,33"], "--ranks 1,33: at most 32 ranks exchange"),
         (["decode", "--output", "/nowhere/at/all.json"], "there is no folder"),
         (["decode", "--layers", "49"], "--layers 49: qwen3-30b-a3b has 48"),
         (["decode", "--compare", "expanded"], "with qwen3-30b-a3b there is transformers, or none"),
@@ -78,12 +79,16 @@ def test_spread_is_of_the_sorted_times() -> None:
 @pytest.mark.parametrize("quantise", [False, True], ids=["whole", "fp8"])
 def test_a_layer_is_the_function_that_baselines_compute(quantise: bool) -> None:
     pytest.importorskip("triton", reason="what is measured needs the package triton")
-    from flexpert.bench.gpu.layer import EXCHANGED, OURS, Layer, LayerShape
+    from flexpert.bench.gpu.layer import Layer
+    from flexpert.bench.gpu.layer_report import EXCHANGED, OURS
+    from flexpert.bench.gpu.layer_weights import LayerShape, LayerWeights
 
     torch.manual_seed(0)
     shape = LayerShape("small", hidden=160, inter=48, experts=6, topk=2)
     cpu = torch.device("cpu")
-    layer = Layer.build(shape, cpu, quantise=quantise, dtype=torch.float32)
+    layer = Layer.build(
+        LayerWeights.drawn(shape, cpu, seed=0, quantise=quantise, dtype=torch.float32)
+    )
     assert (layer.experts[0].gate_up.dtype == torch.float8_e4m3fn) == quantise
     x = torch.randn(1, 5, shape.hidden)
     with torch.inference_mode(), layer.exchanged(5) as exchanged:
@@ -98,7 +103,8 @@ def test_tables_show_factors_and_say_what_is_wrong() -> None:
     pytest.importorskip("triton", reason="what is measured needs the package triton")
     from flexpert.bench.gpu.decode import DecodePoint, DecodeReport
     from flexpert.bench.gpu.gpu_report import decode_text, layer_text
-    from flexpert.bench.gpu.layer import SHAPES, LayerPoint, LayerReport, LayerResult
+    from flexpert.bench.gpu.layer_report import LayerPoint, LayerReport, LayerResult
+    from flexpert.bench.gpu.layer_weights import SHAPES
 
     layer = LayerReport(
         machine=this_machine(),

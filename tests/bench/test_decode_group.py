@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rich.console import Console, RenderableType
 from transformers import AutoConfig, DeepseekV3Config
 
 pytest.importorskip("triton", reason="what is measured needs the package triton")
@@ -14,7 +15,13 @@ pytest.importorskip("triton", reason="what is measured needs the package triton"
 from flexpert.bench.gpu.decode import difference, single_rank
 from flexpert.bench.gpu.decode_group import GroupPlan, place_on, run_group
 from flexpert.bench.gpu.decode_rank import check_prompts
+from flexpert.bench.gpu.gpu_device import MeasuredGpu
+from flexpert.bench.gpu.gpu_report import layer_text
+from flexpert.bench.gpu.layer_group import LayerGroupPlan, run_layer_group
+from flexpert.bench.gpu.layer_report import LayerReport
+from flexpert.bench.gpu.layer_weights import LayerShape
 from flexpert.bench.gpu.model import RandomModel
+from flexpert.bench.machine import this_machine
 from flexpert.errors import FlexpertError
 from flexpert.moe.placement import Placement
 
@@ -33,6 +40,14 @@ SMALL = AutoConfig.for_model(
     max_position_embeddings=128,
 )
 SEED = 3
+GPU = MeasuredGpu("H", "13.0", "2.11", "3.6", bytes_per_s=3e12, flops=8e14)
+
+
+def shown(text: RenderableType) -> str:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(text)
+    return capture.get()
 
 
 def plan(ranks: int, *, quantise: bool = False) -> GroupPlan:
@@ -131,6 +146,23 @@ def test_latents_and_expanded_keys_give_the_logits_of_transformers() -> None:
         for each in (model, model.expanded()):
             logits = single_rank(each, [1], 8, lambda _: None).logits(prompts)
             assert difference(model.transformers(), logits, SEED, 6) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is a test of the interpreter")
+def test_a_layer_of_two_ranks_is_that_of_one() -> None:
+    """Each compares its own tokens' results with float64, experts of the other included."""
+    shape = LayerShape("small", hidden=160, inter=48, experts=5, topk=2)
+    plan = LayerGroupPlan(shape, [3], 2, repeat=1, quantise=True, seed=SEED, dtype="float32")
+    (point,) = run_layer_group(plan, GPU, note=lambda _: None)
+    (result,) = point.results
+    assert result.error is not None
+    assert result.error < 1e-5
+    assert result.us is not None
+    assert 1 <= point.active <= 5
+    assert "2 ranks on 1 GPUs with 3 tokens each" in shown(
+        layer_text(LayerReport(machine=this_machine(), gpu=GPU, points=[point]))
+    )
 
 
 @pytest.mark.slow

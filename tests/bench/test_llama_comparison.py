@@ -15,7 +15,12 @@ from transformers import MixtralConfig, Qwen3MoeConfig
 from flexpert.bench.llama.gguf_layout import check_fits, vocabulary
 from flexpert.bench.llama.greedy_agreement import GreedyAnswer, agreement, check_same_model
 from flexpert.bench.llama.llama_report import llama_text
-from flexpert.bench.llama.llama_run import LlamaPlan, StreamsComparison, run_llama_comparison
+from flexpert.bench.llama.llama_run import (
+    HeldMemory,
+    LlamaPlan,
+    StreamsComparison,
+    run_llama_comparison,
+)
 from flexpert.bench.llama.llama_server import LlamaSettings, check_available, llama_server
 from flexpert.bench.offered_load import OfferedLoad
 from flexpert.bench.other_server import ServerTurn
@@ -121,7 +126,7 @@ def turn(tokens_per_s: float) -> Figures:
 def test_the_ratio_is_the_median_of_pairs() -> None:
     speeds = [(100.0, 50.0), (90.0, 100.0), (30.0, 20.0)]
     pairs = [ServerTurn(turn(mine), turn(other)) for mine, other in speeds]
-    found = StreamsComparison.of(4, pairs)
+    found = StreamsComparison.of(4, pairs, HeldMemory(ours=2, theirs=1))
     assert found.ratios == [2.0, 0.9, 1.5]
     assert found.ratio == 1.5
 
@@ -166,6 +171,7 @@ def test_both_compute_the_same_and_are_measured_in_turn() -> None:
     assert report.failed == 0
     for one in report.streams:
         assert len(one.ratios) == 2
+        assert min(one.memory.ours, one.memory.theirs) > 2**24
         tokens = {each.output_tokens for pair in one.pairs for each in (pair.ours, pair.theirs)}
         assert tokens == {4 * 8}
     assert llama_text(report)

@@ -12,7 +12,17 @@ import pytest
 from flexpert.cluster.processes import lean_imports
 from flexpert.cluster.processes.lean_imports import WHOLE, DeferredModule
 
-LEFT_OUT = ("sympy", "torch._dynamo", "torch.export", "torch.fx.experimental.symbolic_shapes")
+LEFT_OUT = (
+    "huggingface_hub.hf_api",
+    "sympy",
+    "torch._dynamo",
+    "torch._meta_registrations",
+    "torch.distributions",
+    "torch.export",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.nn.quantized",
+    "torch.utils.data",
+)
 
 PROGRAM = f"""
 import sys, torch
@@ -33,6 +43,22 @@ cases = {{"sym_eq": [(3, 3), ([1, 2], (1, 2)), ((1,), (1, 2))], "guard_int": [(3
 for name, function in plain.items():
     for arguments in cases.get(name, [(True,), (False,)]):
         assert function(*arguments) == getattr(real, name)(*arguments), (name, arguments)
+assert torch.Generator().manual_seed(3).initial_seed() == 3
+assert torch.nn.quantized.dynamic and torch.utils.data.Dataset
+assert torch.distributions.constraints.positive.check(torch.ones(1)).all()
+from torch.distributions.categorical import Categorical
+assert Categorical(torch.ones(2)).sample().shape == ()
+from huggingface_hub import HfApi, snapshot_download
+assert HfApi().endpoint and HfApi is not sys.modules["huggingface_hub.hf_api"].HfApi
+from flexpert.models.meta_kernels import with_meta_kernels
+weights, ids = torch.empty(3, 4, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+find = lambda: torch.nn.functional.embedding(ids, weights)
+try:
+    find()
+    raise AssertionError("nothing is left out of torch's kernels")
+except NotImplementedError:
+    assert with_meta_kernels(find).shape == (2, 4)
+find()
 from torch._dynamo.utils import counters
 assert not isinstance(torch._dynamo, DeferredModule)
 assert "torch._dynamo.eval_frame" in sys.modules

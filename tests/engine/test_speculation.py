@@ -28,6 +28,7 @@ from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence import Sampled
 from flexpert.engine.speculation import NgramIndex, SequenceSpeculation
+from flexpert.engine.step_costs import StepCosts
 from flexpert.speculative_settings import SpeculativeSettings
 
 NEVER: frozenset[int] = frozenset()
@@ -308,6 +309,23 @@ def test_what_the_model_proposes_is_checked_in_the_next_step_and_forgotten_after
     assert counts is not None
     assert 30 - len(events) == sum(counts.accepted)
     assert 8 <= sum(counts.accepted) < counts.tokens
+
+
+def test_where_every_step_waits_the_model_proposes_once_their_cost_is_known() -> None:
+    """As beside a request with penalties, on a GPU."""
+    mtp, costs = SpeculativeSettings(method="mtp", num_speculative_tokens=1), StepCosts()
+    scheduler = Scheduler(limits(), clock=lambda: 0.0, speculative=mtp, costs=costs)
+    model, proposed = FakeModel(4), []
+    scheduler.add(sequence("a", [0, 1, 2, 1, 0], max_tokens=30, ignore_eos=True))
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        assert plan.sources is None
+        sampled = model.step(plan)
+        proposed.append(sum(map(len, plan.drafts or ())))
+        scheduler.commit(plan, sampled, proposed=model.propose(plan, sampled))
+        costs.published(plan, 1.0)
+    assert proposed[:6] == [0] * 6, "a prompt, four steps that are timed, one that asks"
+    assert sum(proposed) > 8
 
 
 def test_a_step_is_planned_for_the_least_that_may_come_true_and_has_blocks_for_the_most() -> None:

@@ -23,6 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(missing)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Of transformers on the host, which computes tiny models: many would wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def shared_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several ranks may run at once: on GPUs of their own, or on one GPU under NVIDIA's MPS."""

@@ -75,6 +75,7 @@ def test_linear_layers(shape: tuple[int, int], dtype: torch.dtype) -> None:
 ATTENTION = {
     "plain": {},
     "window": {"window": 700},
+    "chunks": {"window": -700},
     "softcap": {"softcap": 20.0},
     "sinks": {"sinks": True},
 }

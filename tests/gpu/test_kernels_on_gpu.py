@@ -71,8 +71,11 @@ def attention_reference(case: dict[str, Any], options: dict[str, Any]) -> Tensor
             scores = cap * torch.tanh(scores / cap)
         position = torch.arange(length - q.shape[0], length, device="cuda")[:, None]
         seen = p[None] <= position
-        if window := options.get("window"):
+        window = options.get("window", 0)
+        if window > 0:
             seen &= p[None] > position - window
+        elif window < 0:
+            seen &= p[None] // -window == position // -window
         scores = scores.masked_fill(~seen, -math.inf)
         if (sinks := options.get("sinks")) is not None:
             extra = sinks.float()[:, None, None].expand(-1, q.shape[0], 1)
@@ -97,6 +100,7 @@ BATCHES = {
 EXTRAS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": 100},
+    "chunks": {"window": -100},
     "softcap": {"softcap": 20.0},
     "sinks": {"sinks": True},
 }

@@ -230,6 +230,7 @@ def test_rms_norm_is_the_one_of_the_cpu(shape: tuple[int, ...], early: bool) -> 
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"window": 21},
+    {"window": -21},
     {"softcap": 1.5},
     {"sinks": torch.tensor([2.0, -1.0, 0.0, 9.0, 0.5, -3.0])},
     {"sinks": torch.tensor([2.0, -1.0, 0.0, 9.0, 0.5, -3.0]), "window": 100, "softcap": 3.0},

@@ -85,6 +85,7 @@ def test_no_tiling_changes_the_depth_or_has_more_tiles_than_counts(
 ATTENTION: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"window": 40},
+    "chunks": {"window": -40},
     "softcap": {"softcap": 20.0},
     "sinks": {"sinks": randn(4, seed=5)},
 }

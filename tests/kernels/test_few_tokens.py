@@ -42,7 +42,7 @@ def test_products_with_what_stands_around_them(tokens: int) -> None:
     equal(few.project(x, weight, residual=residual), x @ weight.T + residual)
 
 
-@pytest.mark.parametrize("window", [0, 37], ids=["all keys", "window"])
+@pytest.mark.parametrize("window", [0, 37, -50], ids=["all keys", "window", "chunks"])
 @pytest.mark.parametrize("dressed", [False, True], ids=["plain", "norms and sinks"])
 @pytest.mark.parametrize("contexts", [[700], [1, 130], [0, 65, 64, 312]], ids=str)
 def test_attention_with_what_stands_before_it(

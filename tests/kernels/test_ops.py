@@ -131,7 +131,8 @@ class Cache:
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         q, k = torch.arange(self.longest)[:, None], torch.arange(self.longest)[None]
-        seen = (k <= q) & ((k > q - window) if window else True)
+        seen = (k <= q) & ((k > q - window) if window > 0 else True)
+        seen &= (k // -window == q // -window) if window < 0 else True
         scores = scores.masked_fill(~seen, -math.inf)
         if sinks is not None:
             extra = sinks.double()[:, None, None].expand(-1, self.longest, 1)
@@ -155,10 +156,12 @@ OPTIONS = [
     {"window": 1},
     {"window": 16},
     {"window": 21},
+    {"window": -21},
     {"softcap": 1.5},
     {"sinks": torch.tensor([2.0, -1.0, 0.0, 9.0])},
     {"sinks": torch.tensor([2.0, -1.0, 0.0, 9.0]), "window": 9},
 ]
+"""A window below 0: of chunks."""
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -178,7 +181,9 @@ def test_paged_attention_is_causal_softmax_attention(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [1, 5, 16, 32])
-@pytest.mark.parametrize("options", [{}, {"window": 21}], ids=["all", "window"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 21}, {"window": -21}], ids=["all", "window", "chunks"]
+)
 def test_attention_of_a_row_has_the_same_bits_for_any_chunking(
     options: dict[str, Any], block_size: int, dtype: torch.dtype
 ) -> None:

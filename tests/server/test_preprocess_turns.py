@@ -172,7 +172,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again_without_a_body(
         owner, workers = make()
         owner.refused = True
         await workers.start()
-        assert len(owner.impaired) == 2
+        assert len(owner.impaired) == 1
         owner.refused = False
         async with asyncio.timeout(5):
             while owner.impaired:

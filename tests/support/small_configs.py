@@ -136,7 +136,8 @@ OWN: dict[str, dict[str, Any]] = {
     "llama4_text": {
         "num_experts_per_tok": 1,
         "intermediate_size_mlp": 88,
-        "attention_chunk_size": 300,
+        "attention_chunk_size": 20,
+        "floor_scale": 8,
         "layer_types": ["chunked_attention", "full_attention"] * 2,
         "no_rope_layers": [1, 0, 1, 0],
         "moe_layers": [1, 3],

@@ -277,7 +277,7 @@ def few_rows(gated: bool) -> tuple[dict[str, str], dict[str, Any], int]:
 
 
 def attention_of_prompts(
-    dim: int, split: bool, by_hand: bool
+    dim: int, split: bool, by_hand: bool, window: int = 0
 ) -> tuple[str, dict[str, str], dict[str, Any], int, int]:
     """(kernel, types, constants, warps, stages), 8 heads for each of keys."""
     tiling = prompt_attention.choose(dim, dtype=torch.bfloat16, by_hand=by_hand)
@@ -288,7 +288,7 @@ def attention_of_prompts(
     )  # fmt: skip
     constants = dict(
         sinks=None, SEQUENCES=64, BLOCK=16, KV_HEADS=4, GROUP=8, TOKENS=tiling.rows // 8, ROWS=tiling.rows,
-        KEYS=tiling.keys, SPLIT=split, WINDOW=0, CAPPED=False, SINKS=False,
+        KEYS=tiling.keys, SPLIT=split, WINDOW=window, CAPPED=False, SINKS=False,
     )  # fmt: skip
     if by_hand:
         constants |= dict(
@@ -537,6 +537,7 @@ def usual_cases() -> dict[str, tuple[Any, ...]]:
     for dim, split, by_hand in itertools.product((64, 128), (False, True), (False, True)):
         kind = f"prompts {dim}{' split' if split else ''}{' Hopper' if by_hand else ''}"
         cases[kind] = attention_of_prompts(dim, split, by_hand)
+        cases[f"{kind} chunks"] = attention_of_prompts(dim, split, by_hand, window=-8192)
     cases |= states_in_place()
     for gated in (False, True):
         cases[f"few rows {'gated' if gated else 'down'}"] = ("_few_rows", *few_rows(gated))

@@ -7,6 +7,10 @@ the next, on the text that the model learned from (`train_tiny.py corpus`). One 
   python tools/tiny/train_tiny.py corpus
   python tools/tiny/train_mtp.py --out out/tiny-mtp --minutes 20
   flexpert bench speculate --speculate mtp -- --model out/tiny-mtp
+
+or a minute of a GPU, which has the model say the text as well and needs no corpus:
+
+  python tools/tiny/train_mtp.py --out out/tiny-mtp --minutes 1 --device cuda --own-text --rows 64
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiny_batches import Sampler, encode
 from tiny_corpus import CorpusError
-from tiny_model import dense_experts
+from tiny_model import END_OF_TEXT, SPECIAL, dense_experts
 from train_tiny import learning_rate, read_corpus
 
 if TYPE_CHECKING:
@@ -68,7 +72,7 @@ def losses(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
         states = decoder(tokens, use_cache=False).last_hidden_state
         told = head(states[:, 1:]).float()
     embedded = decoder.embed_tokens(tokens[:, 1:])
-    at = torch.arange(embedded.shape[1])[None]
+    at = torch.arange(embedded.shape[1], device=embedded.device)[None]
     found = model.mtp(
         embedded,
         states[:, :-1],
@@ -80,6 +84,28 @@ def losses(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     said = head(found).float()
     loss = torch.nn.functional.cross_entropy(said.flatten(0, 1), told.flatten(0, 1).softmax(-1))
     return loss, (said.argmax(-1) == told.argmax(-1)).float().mean()
+
+
+def own_text(model: Any, length: int, batches: int = 9, rows: int = 256) -> Tensor:
+    """[rows * batches, length]: what the model says after the end of a text, drawn at temperature
+    0.3, 0.7 and 1."""
+    import torch
+
+    device = model.device
+    model.generation_config.eos_token_id = None  # behind an end it goes on with another text
+    begin = torch.full((rows, 1), SPECIAL.index(END_OF_TEXT), device=device)
+    said = [
+        model.generate(
+            begin,
+            attention_mask=torch.ones_like(begin),
+            max_length=length,
+            do_sample=True,
+            temperature=(0.3, 0.7, 1.0)[batch % 3],
+            top_k=0,
+        )
+        for batch in range(batches)
+    ]
+    return torch.cat(said)
 
 
 def save(model: Any, source: Path, out: Path) -> None:
@@ -94,7 +120,7 @@ def save(model: Any, source: Path, out: Path) -> None:
     tensors = load_file(source / "model.safetensors")
     for name, value in model.mtp.state_dict().items():
         begin = next(one for one in _IN_FILES if name.startswith(one))
-        tensors[_IN_FILES[begin] + name.removeprefix(begin)] = value.to(torch.bfloat16).contiguous()
+        tensors[_IN_FILES[begin] + name.removeprefix(begin)] = value.to("cpu", torch.bfloat16)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -105,9 +131,14 @@ def train(options: argparse.Namespace) -> None:
 
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
-    tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
-    sampler = Sampler(encode(tokenizer, *read_corpus(options.build))[0], 0.3, options.seed, "cpu")
-    model = open_model(options.model)
+    model = open_model(options.model).to(options.device)
+    if options.own_text:
+        text = own_text(model, options.length)
+        print(f"the model has said {text.numel()} tokens", flush=True)
+    else:
+        tokenizer = Tokenizer.from_file(str(options.model / "tokenizer.json"))
+        streams = encode(tokenizer, *read_corpus(options.build))[0]
+        sampler = Sampler(streams, 0.3, options.seed, options.device)
     parameters = list(model.mtp.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=options.peak, betas=(0.9, 0.95), weight_decay=0.01)
     began, step, steps = time.perf_counter(), 0, 1_000_000
@@ -118,8 +149,12 @@ def train(options: argparse.Namespace) -> None:
             steps = max(step + 1, int(60 * options.minutes / each))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, options.peak, 30)
-        with torch.autocast("cpu", torch.bfloat16, enabled=not options.float32):
-            loss, same = losses(model, sampler.rows(options.rows, options.length)[0])
+        if options.own_text:
+            rows = text[torch.randint(len(text), (options.rows,))]
+        else:
+            rows = sampler.rows(options.rows, options.length)[0]
+        with torch.autocast(options.device, torch.bfloat16, enabled=not options.float32):
+            loss, same = losses(model, rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -153,6 +188,10 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=4, help="rows a step (default 4)")
     parser.add_argument("--length", type=int, default=256, help="tokens a row (default 256)")
     parser.add_argument("--peak", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--own-text", action="store_true", help="learn on what the model says, not on the corpus"
+    )
     parser.add_argument("--float32", action="store_true", help="no bf16")
     return parser
 

@@ -1,7 +1,8 @@
 """`flexpert bench start`: how long a service takes until it is ready, and what its processes hold
 then.
 
-One service after the other is started, looked at when it says that it is ready, and ended.
+One service after the other is started, looked at when it says that it is ready and again after some
+requests, and ended.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import msgspec
 import psutil
 
 from flexpert.bench.cluster_history import cluster_now
+from flexpert.bench.load import call, error_message
 from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.process_memory import held_memory
 from flexpert.bench.processor_time import processor_seconds
 from flexpert.bench.service import Service, own_service
 from flexpert.errors import FlexpertError
@@ -23,6 +26,11 @@ from flexpert.forking.fork_server import MODULE
 
 HEAD, FORK_SERVER, RANKS, OTHERS = "head", "fork server", "ranks", "other children"
 ROLES = (HEAD, FORK_SERVER, RANKS, OTHERS)
+
+REQUESTS, TOKENS = 8, 64
+"""So many requests, of so many tokens each, are answered before the memory is looked at again."""
+
+PROMPT = "In the beginning God created the heaven and the earth. " * 4
 
 Note = Callable[[str], None]
 
@@ -37,10 +45,13 @@ class RoleCost(msgspec.Struct, frozen=True):
 
 class ServiceStart(msgspec.Struct, frozen=True):
     """ready_s: from before its process was made until it said that it is ready. roles: by name, as
-    they were then."""
+    they were then. first_s: until its first request had an answer of one token. served_pss: bytes
+    of all its processes after `REQUESTS` more."""
 
     ready_s: float
     roles: dict[str, RoleCost]
+    first_s: float
+    served_pss: int
 
     @property
     def processor_s(self) -> float:
@@ -83,9 +94,24 @@ async def _start(flags: list[str]) -> ServiceStart:
     async with own_service(flags) as service:
         ready_s = time.perf_counter() - began
         try:
-            return ServiceStart(ready_s, await look(service))
+            roles = await look(service)
         except psutil.Error as error:
             raise FlexpertError(f"the service cannot be looked at: {error!r}") from error
+        first_s = await _answered(service, 1)
+        for _ in range(REQUESTS):
+            await _answered(service, TOKENS)
+        return ServiceStart(ready_s, roles, first_s, held_memory(service.pid))
+
+
+async def _answered(service: Service, tokens: int) -> float:
+    """How long a request takes. Raises: FlexpertError: it fails."""
+    body = {"prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    began = time.perf_counter()
+    status, answer = await call(service.target, "POST", "/v1/completions", body)
+    if status != 200:
+        said = error_message(msgspec.json.encode(answer))
+        raise FlexpertError(f"the service answered {status}: {said}")
+    return time.perf_counter() - began
 
 
 async def look(service: Service) -> dict[str, RoleCost]:

@@ -7,7 +7,7 @@ from statistics import median
 from rich.console import RenderableType
 
 from flexpert.bench.report_table import figures_table, with_note
-from flexpert.bench.service_start import ROLES, StartReport
+from flexpert.bench.service_start import REQUESTS, ROLES, StartReport
 
 
 def start_text(report: StartReport) -> RenderableType:
@@ -31,6 +31,12 @@ def start_text(report: StartReport) -> RenderableType:
         f"{median(start.processor_s for start in report.starts):.2f} s",
         f"{median(start.pss for start in report.starts) / 2**20:.0f} MiB",
     )
+    served = median(start.served_pss for start in report.starts) / 2**20
+    table.add_row(f"all, after {REQUESTS} requests", "", "", f"{served:.0f} MiB")
     flags = " ".join(report.flags)
-    note = f"medians of {len(report.starts)} starts of 'flexpert serve{flags and ' '}{flags}'; "
+    first = median(start.first_s for start in report.starts) * 1e3
+    note = (
+        f"medians of {len(report.starts)} starts of 'flexpert serve{flags and ' '}{flags}'; "
+        f"first answer of one token after {first:.0f} ms; "
+    )
     return with_note([table], f"{note}load before {report.load:.1f}; {report.machine.line()}")

@@ -19,6 +19,7 @@ LAYER_EXAMPLES = (
     "flexpert bench layer --shapes qwen3-30b-a3b --tokens 1,64,4096 --output layer.json",
     "flexpert bench layer --baselines grouped_mm --repeat 200",
     "flexpert bench layer --quantization fp8",
+    "flexpert bench layer --shapes deepseek-v3 --tokens 64,512 --ranks 4 --quantization fp8",
 )
 DECODE_EXAMPLES = (
     "flexpert bench decode",
@@ -40,9 +41,17 @@ def bench_layer(
     shapes: Annotated[
         str, typer.Option(metavar="NAME[,NAME…]", help="Any of qwen3-30b-a3b, deepseek-v3.")
     ] = "qwen3-30b-a3b,deepseek-v3",
-    tokens: Annotated[str, typer.Option(metavar="N[,N…]", help="Tokens of one pass.")] = (
+    tokens: Annotated[str, typer.Option(metavar="N[,N…]", help="Tokens of a rank in one pass.")] = (
         "1,16,64,128,512,4096"
     ),
+    ranks: Annotated[
+        str,
+        typer.Option(
+            metavar="N[,N…]",
+            help="Ranks, dealt out to the GPUs; on a shared one only under MPS. The baselines go "
+            "with one.",
+        ),
+    ] = "1",
     baselines: Annotated[
         str, typer.Option(metavar="NAME[,NAME…]", help="Any of transformers' grouped_mm, eager.")
     ] = "grouped_mm,eager",
@@ -52,19 +61,22 @@ def bench_layer(
     json_: Json = False,
     output: Output = None,
 ) -> None:
-    """Measure a whole MoE layer on one GPU against transformers' and the roofline.
+    """Measure a whole MoE layer against transformers' and the roofline.
 
     Route, sort, experts and combine of one rank that holds all experts, bf16; and the same with a
-    dispatch and a combine through the exchange, as one of several ranks does it. Each baseline
-    is checked against float64 first; exit status 1 if one computes something else.
+    dispatch and a combine through the exchange, as one of several ranks does it. With --ranks
+    each of several has its share of the experts and tokens of its own. All are checked against
+    float64; exit status 1 if one computes something else.
     """
     from flexpert.kernels.kernel_set import open_gpu
 
-    counts = numbers(tokens, "--tokens")
+    counts, groups = numbers(tokens, "--tokens"), rank_counts(ranks)
     check_outputs(output)
     open_gpu()  # before what needs triton is imported
     from flexpert.bench.gpu.gpu_report import layer_text
-    from flexpert.bench.gpu.layer import BASELINE_FAMILIES, SHAPES, run_layer
+    from flexpert.bench.gpu.layer import run_layer
+    from flexpert.bench.gpu.layer_report import BASELINE_FAMILIES
+    from flexpert.bench.gpu.layer_weights import SHAPES
 
     desired = _names(shapes, tuple(SHAPES), "--shapes")
     against = _names(baselines, BASELINE_FAMILIES, "--baselines")
@@ -73,6 +85,7 @@ def bench_layer(
             [SHAPES[name] for name in desired],
             counts,
             against,
+            ranks=groups,
             repeat=repeat,
             quantise=quantization == "fp8",
             seed=seed,
@@ -136,9 +149,7 @@ def bench_decode(
     from flexpert.bench.model_shapes import DECODE_SHAPES
     from flexpert.kernels.kernel_set import open_gpu
 
-    batches, counts = numbers(batch, "--batch"), numbers(ranks, "--ranks")
-    if counts[-1] > MOST_GPU_RANKS:
-        raise ConfigError(f"--ranks {ranks}: at most {MOST_GPU_RANKS} ranks exchange")
+    batches, counts = numbers(batch, "--batch"), rank_counts(ranks)
     model = DECODE_SHAPES[shape]
     if layers is not None and layers > model.layers:
         raise ConfigError(f"--layers {layers}: {shape} has {model.layers}")
@@ -169,6 +180,14 @@ def bench_decode(
     show_report(report, decode_text(report), as_json=json_, output=output)
     if not report.correct:
         raise typer.Exit(1)
+
+
+def rank_counts(text: str) -> list[int]:
+    """Of `--ranks`. Raises: ConfigError"""
+    counts = numbers(text, "--ranks")
+    if counts[-1] > MOST_GPU_RANKS:
+        raise ConfigError(f"--ranks {text}: at most {MOST_GPU_RANKS} ranks exchange")
+    return counts
 
 
 def with_status(run: Callable[[Callable[[str], None]], T]) -> T:

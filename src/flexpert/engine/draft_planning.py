@@ -57,7 +57,8 @@ def plan_drafts(
     if costs is None:
         pays = _pays(rows, room - left, hoped)
     else:
-        pays = costs.pays(rows, room - left, max(map(len, drafts)), hoped)
+        ahead = now.sources is not None
+        pays = costs.pays(rows, room - left, max(map(len, drafts)), hoped, ahead=ahead)
     return drafts if pays else None
 
 

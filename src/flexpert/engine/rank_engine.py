@@ -32,7 +32,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from flexpert import heap
+from flexpert import heap, library_pages
 from flexpert.comm import Buffer, CommError, Interrupted, RankLost, RankTimeout
 from flexpert.config import EngineConfig
 from flexpert.engine import rank_protocol as msg
@@ -201,7 +201,6 @@ class RankEngine:
         )
         measures = self._most_proposed and self.profile.measures_steps
         self._costs = StepCosts() if measures else None
-        self._published_at = 0.0
         self.scheduler = Scheduler(limits, speculative=config.speculate, costs=self._costs)
         self.store = self.profile.make_expert_store(rank, source)
         self._remote = RemotePeers(
@@ -474,6 +473,7 @@ class RankEngine:
         planned = self.memory.plan(experts, len(members))
         if self.buffer.epoch == 0:
             heap.trim()  # what the largest step needs; it is planned for, and not needed yet
+            library_pages.give_back()  # what only the making of the model and its trials ran
         self.report(
             msg.Prepared(
                 result.plan.epoch,
@@ -721,7 +721,8 @@ class RankEngine:
         assert logits is not None
         flight.done.synchronize()
         self.buffer.check(wait=False)
-        self._note_cost(plan)
+        if self._costs is not None:
+            self._costs.published(plan, time.monotonic())
         watch.lap(f"device ({plan.tokens} tokens)")
         scores = [self._score(logits, chunk) for chunk in plan.scored]
         tokens = flight.sampling.finish()
@@ -753,15 +754,6 @@ class RankEngine:
         blocks, drafts = scheduler.cache_changes(), scheduler.draft_counts()
         self.report(msg.Published(events, self._load(), blocks, plan.tokens, drafts))
         watch.lap("publish")
-
-    def _note_cost(self, plan: StepPlan) -> None:
-        """How long a step took that had begun before the one before was published."""
-        now = time.perf_counter()
-        if self._costs is not None and plan.sources is not None and not plan.chunks:
-            proposed = max(map(len, plan.drafts or ()), default=0)
-            if proposed or not any(plan.asks):
-                self._costs.note(plan.tokens, proposed, now - self._published_at)
-        self._published_at = now
 
     def _propose(self, plan: StepPlan, tokens: StepTokens, further: int) -> list[list[int]]:
         """What the model says may follow each of plan.sampled.

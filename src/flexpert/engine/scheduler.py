@@ -459,8 +459,9 @@ class Scheduler:
                 chunks.append(chunk)
         admitted = self._admit(room, chunks, now)
         drafts, asks, extra = None, list[int](), list[tuple[ScheduledSequence, int]]()
-        due = self._costs is None or self._costs.due(len(now.rows))
-        if self._speculative is not None and due and (now.sources is None or self._by_model):
+        ahead = now.sources is not None
+        due = self._costs is None or self._costs.due(len(now.rows), ahead=ahead)
+        if self._speculative is not None and due and (self._by_model or not ahead):
             drafts = plan_drafts(
                 now,
                 len(now.rows) + sum(chunk.end - chunk.start for chunk in chunks),

@@ -267,7 +267,7 @@ class FusedAttention:
     Attributes:
         binding: the cache and the batch, a `PagedAttention`.
         angles: that it is given for each token.
-        window: keys a token sees, 0: all. softcap: 0.0: none. sinks: [heads], or None.
+        window: as kernels take it. softcap: 0.0: none. sinks: [heads], or None.
     """
 
     def __init__(
@@ -279,7 +279,7 @@ class FusedAttention:
         self.binding = registrations.bound(module)
         self.angles = front.dim // 2 if fusion.half else front.dim
         self.scaling = front.dim**-0.5 if fusion.scaling is None else fusion.scaling
-        self.window = fusion.sliding_window or 0
+        self.window = fusion.sliding_window or -self.binding.chunk
         self.softcap = fusion.softcap or 0.0
         self.sinks: Tensor | None = None
         if fusion.sinks is not None:

@@ -13,10 +13,12 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from flexpert.models.draft_layer import draft_layer, draft_logits, draft_states
+from flexpert.models.meta_kernels import with_meta_kernels
 
 
 class MetaWalk(TorchFunctionMode):
@@ -48,7 +50,9 @@ class MetaWalk(TorchFunctionMode):
             given["device"] = "cpu"  # a mask, or positions, made in the forward pass
         if len({one.device.type for one in tensors}) > 1:
             args, given = _on_meta(args), _on_meta(given)
-        return func(*args, **given)
+        if func is functional.embedding and args[1].is_meta:
+            return args[1][args[0]]  # the only kernel in Python that most models would need
+        return with_meta_kernels(lambda: func(*args, **given))
 
 
 _COUNTING: Final = (torch.arange, torch.zeros, torch.ones, torch.full)

@@ -49,6 +49,7 @@ from flexpert.models.kv_cache import KVCache
 from flexpert.models.latent_attention import LatentAttention, kept_latent
 from flexpert.models.padding import exact_batch, pad_batch, pad_rows
 from flexpert.models.paged_attention import PagedAttention
+from flexpert.models.position_cache import PositionCache, give_positions
 from flexpert.models.recorded_steps import Experts, IdleStep, RecordedSteps, Walk, in_python
 from flexpert.models.source import ModelInfo, ModelSource
 from flexpert.models.state_layers import StateLayer, bind_states
@@ -106,6 +107,7 @@ class ModelRunner:
         indexers: Sequence[BoundIndexer],
         experts: list[RoutedExperts],
         states: list[StateLayer],
+        positions: PositionCache | None,
         kv: KVCache,
         *,
         deterministic: bool,
@@ -130,6 +132,7 @@ class ModelRunner:
         self._experts = experts
         self._of_drafts = [routed.layer for routed in experts if routed.drafts]
         self._states = states
+        self._positions = positions
         self._deterministic = deterministic
         self._moe = moe
         self._fixed_order = kernels.fixed_order
@@ -279,6 +282,7 @@ class ModelRunner:
         ):
             module = model.get_submodule(name)
             layer = _attention_of(module, keys, values, kernels, deterministic)
+            layer.chunk = shape.chunk
             if shape.indexed:
                 layer = wrap(layer)
             registrations.bind(module, layer)
@@ -311,6 +315,7 @@ class ModelRunner:
             indexers,
             experts,
             states,
+            give_positions([model.get_submodule(name) for name in attention_names]),
             kv,
             deterministic=deterministic,
             moe=moe,
@@ -621,6 +626,8 @@ class ModelRunner:
         token_ids, positions, sample_rows = cut(batch)
         if self.device_drafts is None:
             token_ids = self._tokens(batch, token_ids)
+        if self._positions is not None:
+            self._positions.positions = positions
         rows = {"logits_to_keep": sample_rows} if self._slices_logits else {}
         logits: Tensor = self._model(
             input_ids=token_ids.unsqueeze(0),

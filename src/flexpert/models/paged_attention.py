@@ -15,7 +15,7 @@ from flexpert.models.padding import pad_rows
 
 
 class AttentionTerms(NamedTuple):
-    """As a kernel takes them, see `ops.paged_attention`."""
+    """As a kernel takes them, see `ops.paged_attention`. window: of chunks it is negative."""
 
     scaling: float
     window: int
@@ -27,13 +27,14 @@ class PagedAttention:
     """One attention layer's cache, and the batch that all layers share.
 
     key_cache: [blocks, block_size, kv_heads, key_dim]; value_cache: […, value_dim].
+    chunk: a token sees those before it in its own chunk of so many; 0: all, or those of a window.
     cuts_prompts: what it launches for prompts depends on how long they are, which it asks the host;
     then no graph can have them.
     """
 
     cuts_prompts: ClassVar = False
 
-    __slots__ = ("batch", "isolated", "kernel", "key_cache", "value_cache")
+    __slots__ = ("batch", "chunk", "isolated", "kernel", "key_cache", "value_cache")
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class PagedAttention:
         self.kernel = kernel
         self.isolated = isolated
         self.batch: ForwardBatch | None = None
+        self.chunk = 0
 
     def attention(
         self,
@@ -73,7 +75,7 @@ class PagedAttention:
                 token_rows(value)[:rows],
                 AttentionTerms(
                     query.shape[3] ** -0.5 if scaling is None else scaling,
-                    sliding_window or 0,
+                    sliding_window or -self.chunk,
                     softcap or 0.0,
                     None if s_aux is None else s_aux.to(query.dtype).contiguous(),
                 ),

@@ -35,7 +35,9 @@ from flexpert.models.architecture import (
 )
 from flexpert.models.draft_layer import draft_layer, graft
 from flexpert.models.latent_attention import LatentShape, keep_latents, kept_latent
+from flexpert.models.meta_kernels import with_meta_kernels
 from flexpert.models.meta_walk import walk
+from flexpert.models.position_cache import asks_for_length
 from flexpert.models.state_probe import INDEX_ANSWER, StateProbe, cached_modules, probed_states
 from flexpert.models.state_view import StateShape
 from flexpert.models.undispatched_experts import dispatch_experts
@@ -71,7 +73,8 @@ class AttentionShape:
 
     value_in_key: a value is the first part of its key. indexed: it attends to what an indexer
     picks. indexer: name of its own, inside of its module, which keeps a key of index_dim numbers;
-    "": it has none, or that of another layer.
+    "": it has none, or that of another layer. chunk: a token sees those before it in its own chunk
+    of so many; 0: all, or those of a window that it names.
     """
 
     kv_heads: int
@@ -81,6 +84,7 @@ class AttentionShape:
     indexed: bool = False
     indexer: str = ""
     index_dim: int = 0
+    chunk: int = 0
 
     @property
     def pieces(self) -> tuple[tuple[int, int], ...]:
@@ -111,14 +115,17 @@ class Probe:
     states: by module that keeps a state of each sequence, in the order of the walk: its shapes.
     state_layers: numbers of the layers that these are in.
     padded_vocab: tokens for which the files have embeddings, if these are more than the vocabulary.
-    context: tokens within which attention is what we compute. latents: see `keep_latents`.
+    context: tokens within which attention is what we compute. chunk: of layers that attend within
+    chunks, tokens; 0: there are none. latents: see `keep_latents`.
     drafts: the model has its draft layer.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = (type(model), model.config)
         self.drafts = draft_layer(model) is not None
-        self.context = _attention_context(model.config.get_text_config())
+        text = model.config.get_text_config()
+        self.chunk = _chunk(text)
+        self.context = _attention_context(model, text, self.chunk)
         self._names = {module: name for name, module in model.named_modules()}
         self.attention_shapes: dict[str, AttentionShape] = {}
         self.experts_calls: list[ExpertsCall] = []
@@ -150,24 +157,31 @@ class Probe:
             )
         if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
             raise UnsupportedModel(f"{name} is not causal")
-        window = kwargs.get("sliding_window")
-        if not isinstance(mask, registrations.AskedMask) or not _is_causal_window(
-            mask, window, self.context
-        ):
-            raise UnsupportedModel(
-                f"{name} asks for a mask that is neither causal nor the sliding window it names"
-            )
+        chunk = self._chunk_of(name, mask, kwargs.get("sliding_window"))
         if name in self.attention_shapes:
             raise UnsupportedModel(f"{name} attends twice in one pass")
         if key.shape[1] == 0 or query.shape[1] % key.shape[1] or key.shape[2] != query.shape[2]:
             raise UnsupportedModel(f"{name} attends to keys that are not those of its own tokens")
         latent = kept_latent(module)
         self.attention_shapes[name] = AttentionShape(
-            key.shape[1], key.shape[3], value.shape[3], latent is not None
+            key.shape[1], key.shape[3], value.shape[3], latent is not None, chunk=chunk
         )
         if latent is None:
             return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
         return self._of_latents(name, module, query, (key, value), latent)
+
+    def _chunk_of(self, name: str, mask: object, window: int | None) -> int:
+        """The chunks within which a layer attends; 0: to all before, or to a window of them.
+
+        Raises: UnsupportedModel: it attends to something else.
+        """
+        if isinstance(mask, registrations.AskedMask):
+            for chunk in (0, self.chunk)[: 1 + (self.chunk > 0 and window is None)]:
+                if _sees(mask, window, chunk, self.context):
+                    return chunk
+        raise UnsupportedModel(
+            f"{name} asks for a mask that is neither causal nor the sliding window it names"
+        )
 
     def _of_latents(
         self,
@@ -179,6 +193,8 @@ class Probe:
     ) -> Tensor:
         """Raises: UnsupportedModel: it attends to something else than the latents."""
         self.latents = True
+        if self.attention_shapes[name].chunk:
+            raise UnsupportedModel(f"{name} attends to latents in chunks, which we do not compute")
         found = (*query.shape[1::2], *(one.shape[axis] for one in kept for axis in (1, 3)))
         key_dim = shape.rank + shape.rope
         if found != (shape.heads, shape.nope + shape.rope, 1, key_dim, 1, shape.rank):
@@ -312,11 +328,13 @@ def build_skeleton(
             initialization.no_tie_weights(),
             initialization.meta_device_safe_creation_ops(),
         ):
-            model: PreTrainedModel = chosen._from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=_implementations(config, attention),
-                experts_implementation=registrations.IMPLEMENTATION,
+            model: PreTrainedModel = with_meta_kernels(
+                lambda: chosen._from_config(
+                    config,
+                    dtype=dtype,
+                    attn_implementation=_implementations(config, attention),
+                    experts_implementation=registrations.IMPLEMENTATION,
+                )
             )
             if drafts:
                 graft(model, dtype)
@@ -419,13 +437,22 @@ def _check_layers(model: PreTrainedModel, found: Probe) -> None:
             )
 
 
-def _attention_context(text: PreTrainedConfig) -> int:
-    """Within its first chunk, attention in chunks is attention to all tokens before."""
+def _chunk(text: PreTrainedConfig) -> int:
+    """Tokens of the chunks within which some layers attend; 0: none does."""
+    if "chunked_attention" not in (getattr(text, "layer_types", None) or ()):
+        return 0
+    return max(1, int(text.attention_chunk_size))
+
+
+def _attention_context(model: PreTrainedModel, text: PreTrainedConfig, chunk: int) -> int:
+    """Within its first chunk, attention in chunks is attention to all tokens before. A model of an
+    older transformers, where layers do not ask for their cache, is served no further: what of it
+    depends on positions, such as Llama-4's temperatures, cannot be told them."""
     context = getattr(text, "max_position_embeddings", None)
     if not isinstance(context, int) or context < 1:
         context = _USUAL_CONTEXT  # refused where the context is asked for
-    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
-        context = min(context, max(1, int(text.attention_chunk_size)))
+    if chunk and not any(asks_for_length(module) for module in model.modules()):
+        context = min(context, chunk)
     return context
 
 
@@ -437,20 +464,23 @@ def _implementations(config: PreTrainedConfig, attention: str) -> dict[str, str]
     return {"": attention, **{n: attention if c is text else "eager" for n, c in inner.items()}}
 
 
-def _is_causal_window(mask: registrations.AskedMask, window: int | None, within: int) -> bool:
-    """Whether the mask means: see every key up to the query, of the last `window` if given.
+def _sees(mask: registrations.AskedMask, window: int | None, chunk: int, within: int) -> bool:
+    """Whether the mask means: see every key up to the query, of the last `window` if given, of the
+    same chunk if that is not 0.
 
     within: positions are below it.
     """
     edges = {0, within, *(2**power for power in range(1, 24))}
-    if window is not None:
-        edges |= {window, 2 * window}
+    for size in (window, chunk):
+        edges |= {size, 2 * size} if size else set()
     near = {position + step for position in edges for step in (-1, 0, 1, 2)}
     positions = torch.tensor(sorted(p for p in near if 0 <= p < within), device="cpu")
     query, key = positions[:, None], positions[None, :]
     expected = key <= query
     if window is not None:
         expected = expected & (key > query - window)
+    if chunk:
+        expected = expected & (key // chunk == query // chunk)
     zero = torch.zeros((), dtype=torch.int64, device="cpu")
     try:
         seen = mask.sees(zero, zero, query, key)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from flexpert import library_pages
 from flexpert.cluster.processes.child_connection import Connection, ConnectionEnded
 from flexpert.frontend.token_ids import token_text
 from flexpert.server.preprocessing import (
@@ -50,6 +51,7 @@ def preprocess_main(spec: bytes, end: socket.socket, source: PreprocessSource) -
     if hard == resource.RLIM_INFINITY or most < hard:
         resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     with contextlib.suppress(ConnectionEnded):
+        library_pages.give_back()
         connection.send(b"")  # ready
         while True:
             outcome = preprocess(decode_task(connection.receive()), text, limits)

@@ -59,7 +59,8 @@ class Owner(Protocol):
 
 
 class Preprocessors:
-    """Both workers; they start with the first body, or with `start`.
+    """Both workers. Each starts with the first body that it gets, that for small ones already with
+    `start`: in most services nobody ever sends a large one.
 
     timeout_s: how long one body may take, from its turn on.
     """
@@ -70,9 +71,9 @@ class Preprocessors:
         self._trimming: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
-        """Both are up, or the reason is logged; they are started again when they are needed."""
+        """Small bodies have a worker, or the reason is logged; it is tried again when needed."""
         heap.map_large_apart()
-        await asyncio.gather(*(worker.warm_up() for worker in self._workers))
+        await self._workers[0].warm_up()
 
     def restart(self) -> None:
         """The next bodies find new workers, which know the limits of then."""

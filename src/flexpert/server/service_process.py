@@ -21,6 +21,7 @@ import uvicorn
 import uvloop
 
 import flexpert
+from flexpert import library_pages
 from flexpert.cluster.autoscaler import Autoscaler, load_policy, parse_goals
 from flexpert.cluster.processes.early_fork_server import EarlyForkServer
 from flexpert.cluster.processes.fork_server_process import discard, kill_begun
@@ -382,6 +383,7 @@ class _Service:
         self._server = server = _Server(settings)
         await preparing
         gc.freeze()  # to walk all that was imported would hold up every stream for 0.3 s
+        library_pages.give_back()
         serving = asyncio.ensure_future(server.serve(sockets=[self._listener]))
         asked = asyncio.ensure_future(self._asked.wait())
         self._start_autoscaler(app)

@@ -1,17 +1,11 @@
-"""Several ranks of a measured decode step, each in a process of its own.
-
-They are dealt out to the GPUs of the machine in turn; with fewer GPUs than ranks they share.
-"""
+"""Several ranks of a measured decode step, each in a process of its own."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import msgspec
 import torch
@@ -25,21 +19,18 @@ from flexpert.bench.gpu.decode_rank import (
     DecodeRank,
     check_prompts,
 )
-from flexpert.bench.gpu.gpu_device import set_rank_device
 from flexpert.bench.gpu.model import RandomModel
-from flexpert.bench.processes import forks
-from flexpert.bench.processes.connection import Closed, StreamConnection
-from flexpert.comm import Buffer, BufferSpec, make_buffer
-from flexpert.comm.interpreter import INTERPRETED
-from flexpert.errors import FlexpertError
+from flexpert.bench.gpu.rank_group import (
+    ParentOfRank,
+    RankGroup,
+    meet,
+    open_rank_device,
+    serve_rank,
+)
+from flexpert.comm import BufferSpec
 from flexpert.models.source import ModelInfo
 from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
 from flexpert.moe.placement import Placement, replan
-
-T = TypeVar("T")
-
-LIMIT_S = 600.0  # until a rank has built, captured or measured
-EXCHANGE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +75,19 @@ def run_group(plan: GroupPlan, note: Callable[[str], None]) -> GroupResult:
 
     Raises: FlexpertError: one of them failed, or took too long.
     """
-    with _processes(plan) as ranks:
+    begins = [BeginGroup.of(rank, plan) for rank in range(plan.ranks)]
+    with RankGroup.started(f"{__name__}:serve", begins) as ranks:
         note(f"{plan.ranks} ranks build the model")
-        addresses = dict(enumerate(_answers(ranks, bytes)))
-        _tell(ranks, addresses)
+        ranks.connect()
         note(f"{plan.ranks} ranks capture graphs")
-        captured = _answers(ranks, Captured)
+        captured = ranks.answers(Captured)
         note(f"{plan.ranks} ranks are checked")
-        checked = _answers(ranks, Checked)[0]
+        checked = ranks.answers(Checked)[0]
         logits = torch.frombuffer(bytearray(checked.logits), dtype=torch.float32)
         active, times = [], []
         for batch in plan.batches:
             note(f"{plan.ranks} ranks, batch {batch}")
-            found = _answers(ranks, Timed)
+            found = ranks.answers(Timed)
             used = torch.tensor([answer.active for answer in found]).any(0)
             active.append(float(used.sum(1).float().mean()))
             times.append([max(step) for step in zip(*(t.times_us for t in found), strict=True)])
@@ -175,81 +166,13 @@ class Timed(msgspec.Struct, frozen=True):
     times_us: list[float]
 
 
-class GroupAnswer(msgspec.Struct, frozen=True):
-    """value: msgpack of the next thing that a rank has to say; why: that it failed instead."""
-
-    value: bytes = b""
-    why: str = ""
-
-
-_encode = msgspec.msgpack.encode
-
-
-@contextlib.contextmanager
-def _processes(plan: GroupPlan) -> Iterator[list[forks.Process]]:
-    ranks: list[forks.Process] = []
-    try:
-        for rank in range(plan.ranks):
-            process = forks.start(f"{__name__}:serve")
-            ranks.append(process)
-            with contextlib.suppress(Closed):  # the answer says why
-                process.connection.send(_encode(BeginGroup.of(rank, plan)))
-        yield ranks
-        deadline = time.monotonic() + LIMIT_S
-        for process in ranks:
-            process.join(max(0.0, deadline - time.monotonic()))
-    finally:
-        for process in ranks:
-            process.end()
-
-
-def _tell(ranks: Sequence[forks.Process], what: object) -> None:
-    for process in ranks:
-        with contextlib.suppress(Closed):  # the answer says why
-            process.connection.send(_encode(what))
-
-
-def _answers(ranks: Sequence[forks.Process], kind: type[T]) -> list[T]:
-    found = []
-    for rank, process in enumerate(ranks):
-        try:
-            packet = process.connection.receive(LIMIT_S)
-        except TimeoutError:
-            raise FlexpertError(
-                f"rank {rank} of the bench did not answer in {LIMIT_S:g} s"
-            ) from None
-        except Closed:
-            process.join(1.0)
-            raise FlexpertError(
-                f"rank {rank} of the bench ended (exit status {process.exitcode})"
-            ) from None
-        answer = msgspec.msgpack.decode(packet, type=GroupAnswer)
-        if answer.why:
-            raise FlexpertError(f"rank {rank} of the bench: {answer.why}")
-        found.append(msgspec.msgpack.decode(answer.value, type=kind))
-    return found
-
-
 def serve(end: socket.socket) -> None:
     """A rank's process."""
-    connection = StreamConnection(end)
-    with contextlib.suppress(Closed), torch.inference_mode():
-        begin = msgspec.msgpack.decode(connection.receive(), type=BeginGroup)
-        try:
-            _measure(begin.rank, begin.plan(), connection)
-        except Closed:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever it is, the parent says it
-            first = (str(error).splitlines() or [""])[0]
-            connection.send(_encode(GroupAnswer(why=f"{type(error).__name__}: {first}")))
+    serve_rank(end, BeginGroup, lambda begin, parent: _measure(begin.rank, begin.plan(), parent))
 
 
-def _say(connection: StreamConnection, what: object) -> None:
-    connection.send(_encode(GroupAnswer(_encode(what))))
-
-
-def _measure(rank: int, plan: GroupPlan, connection: StreamConnection) -> None:
-    device = torch.device("cpu") if INTERPRETED else set_rank_device(rank)
+def _measure(rank: int, plan: GroupPlan, parent: ParentOfRank) -> None:
+    device = open_rank_device(rank)
     torch.manual_seed(plan.seed + rank)
     model = RandomModel.build(
         plan.config,
@@ -265,33 +188,22 @@ def _measure(rank: int, plan: GroupPlan, connection: StreamConnection) -> None:
     shares = [plan.share(batch, rank) for batch in plan.batches]
     most = max(*shares, CHECK_PROMPTS * (plan.check_tokens - 1))
     spec = BufferSpec(plan.ranks, most, info.hidden, info.topk, info.dtype)
-    buffer = make_buffer(rank, spec, backend="cuda", timeout_s=EXCHANGE_S)
-    try:
-        _say(connection, buffer.address)
-        buffer.connect(msgspec.msgpack.decode(connection.receive(), type=dict[int, bytes]))
+    with parent.connected(rank, spec) as buffer:
         moe = ExchangedExperts(buffer, info.moe_layers, info.experts, model.expert_shape, device)
         longest = plan.context + plan.steps + WARM_UP + 1
         ours = DecodeRank(model, moe, shares, longest, settle=buffer.check)
         buffer.set_active(range(plan.ranks), 1)
-        _meet(buffer)
-        _say(connection, Captured(ours.graphs.captures, ours.capture_s))
+        meet(buffer)
+        parent.say(Captured(ours.graphs.captures, ours.capture_s))
         prompts = check_prompts(info.vocab, plan.seed, plan.check_tokens)
         if rank == 0:
             logits = ours.logits(prompts).float().cpu()
-            _say(connection, Checked(len(logits), logits.numpy().tobytes()))
+            parent.say(Checked(len(logits), logits.numpy().tobytes()))
         else:
             ours.idle(steps=2)
-            _say(connection, Checked())
+            parent.say(Checked())
         for share in shares:
-            _meet(buffer)
+            meet(buffer)
             which: list[list[bool]] = ours.active(share, plan.context).tolist()
-            _say(connection, Timed(which, ours.times_us(share, plan.context, plan.steps)))
-        _meet(buffer)
-    finally:
-        buffer.close()
-
-
-def _meet(buffer: Buffer) -> None:
-    """All ranks have come here."""
-    buffer.post_vote(b"")
-    buffer.collect_votes(LIMIT_S)
+            parent.say(Timed(which, ours.times_us(share, plan.context, plan.steps)))
+        meet(buffer)

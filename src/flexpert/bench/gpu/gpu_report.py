@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flexpert.bench.gpu.decode import DecodePoint, DecodeReport
-from flexpert.bench.gpu.layer import LayerPoint, LayerReport, LayerResult
+from flexpert.bench.gpu.layer_report import LayerPoint, LayerReport, LayerResult
 from flexpert.bench.model_shapes import DECODE_SHAPES
 from flexpert.bench.report_table import figures_table, no_figures, with_note
 from flexpert.bench.statistics import SpreadUs
@@ -21,7 +21,8 @@ def layer_text(report: LayerReport) -> RenderableType:
     """A table for each shape and number of tokens, then what was measured on."""
     return with_note(
         [_layer_table(point) for point in report.points],
-        "medians of graph replays, the L2 flushed and new data before each; "
+        "medians of graph replays (of several ranks the slowest's), the L2 flushed and new data "
+        "before each; "
         f"roofline: bytes or flops over what this GPU does\n{report.gpu.line()}\n"
         f"{report.machine.line()}",
     )
@@ -30,15 +31,21 @@ def layer_text(report: LayerReport) -> RenderableType:
 def _layer_table(point: LayerPoint) -> Table:
     shape = point.shape
     title = (
-        f"{shape.name}{', experts in fp8' if point.quantised else ''}: {point.tokens} tokens, "
+        f"{shape.name}{', experts in fp8' if point.quantised else ''}: {_tokens(point)}, "
         f"hidden {shape.hidden}, inter {shape.inter}, "
-        f"top-{shape.topk} of {shape.experts} experts, {point.active:.0f} of them in use: "
-        f"roofline {point.roofline_us:,.0f} µs"
+        f"top-{shape.topk} of {shape.experts} experts, {point.active:.0f} of them in use"
+        f"{' on a GPU' if point.ranks > 1 else ''}: roofline {point.roofline_us:,.0f} µs"
     )
     table = figures_table(title, "experts by", ("µs", "p90", "× roofline", "× flexpert", "error"))
     for result in point.results:
         table.add_row(*_layer_row(result, point.roofline_us))
     return table
+
+
+def _tokens(point: LayerPoint) -> str:
+    if point.ranks == 1:
+        return f"{point.tokens} tokens"
+    return f"{point.ranks} ranks on {point.gpus} GPUs with {point.tokens} tokens each"
 
 
 def _layer_row(result: LayerResult, roofline_us: float) -> list[str | Text]:
@@ -49,7 +56,7 @@ def _layer_row(result: LayerResult, roofline_us: float) -> list[str | Text]:
         _median(result.us, 1.0),
         _number(result.us.p90, 1.0),
         f"{result.us.p50 / roofline_us:.2f}",
-        f"{result.times_ours or 0:.2f}",
+        "" if result.times_ours is None else f"{result.times_ours:.2f}",
         f"{result.error or 0:.4f}",
     ]
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import msgspec
 import torch
 from torch import Tensor
-from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from flexpert.bench.gpu.gpu_device import (
@@ -25,87 +24,32 @@ from flexpert.bench.gpu.gpu_device import (
     replay_us,
     timed_us,
 )
-from flexpert.bench.gpu.model import quantised_with
-from flexpert.bench.machine import Machine, this_machine
+from flexpert.bench.gpu.layer_group import LayerGroupPlan, run_layer_group
+from flexpert.bench.gpu.layer_report import (
+    EXCHANGED,
+    INPUTS,
+    OURS,
+    LayerPoint,
+    LayerReport,
+    LayerResult,
+)
+from flexpert.bench.gpu.layer_weights import TOLERANCE, LayerShape, LayerWeights
+from flexpert.bench.machine import this_machine
 from flexpert.bench.statistics import SpreadUs
 from flexpert.comm import BufferSpec, make_buffer
 from flexpert.errors import FlexpertError
 from flexpert.kernels.cuda.device_experts import SlotAddresses
 from flexpert.kernels.experts import ExpertWeights
 from flexpert.kernels.kernel_set import open_gpu
-from flexpert.models import registrations
-from flexpert.models.model_runner import RoutedExperts
 from flexpert.moe.cuda.exchanged_experts import ExchangedExperts
 from flexpert.moe.cuda.local_experts import LocalExperts
 from flexpert.moe.moe_layers import LayerState
 from flexpert.moe.placement import replan
 from flexpert.moe.runtime import expert_tables
 
-OURS = "flexpert"
-EXCHANGED = "flexpert, exchanged"
-BASELINE_FAMILIES = ("grouped_mm", "eager")
-"""transformers' own: torch's grouped product, and a loop over the experts that waits for the GPU
-to tell it which ones."""
-
 Ours = LocalExperts | ExchangedExperts
 
-INPUTS = 4  # different batches in one graph, so that the L2 does not keep one's experts
 EXCHANGE_S = 60.0
-CHECKED = 4  # tokens compared with float64
-TOLERANCE = 1e-2  # ‖out − ref‖ / ‖ref‖, where bf16 rounds the intermediate once
-
-
-class LayerShape(msgspec.Struct, frozen=True):
-    """Of a MoE layer."""
-
-    name: str
-    hidden: int
-    inter: int
-    experts: int
-    topk: int
-
-
-SHAPES = {
-    "qwen3-30b-a3b": LayerShape("qwen3-30b-a3b", 2048, 768, 128, 8),
-    "deepseek-v3": LayerShape("deepseek-v3", 7168, 2048, 256, 8),
-}
-
-
-class LayerResult(msgspec.Struct, frozen=True, kw_only=True):
-    """One baseline at one number of tokens.
-
-    error: relative to float64. times_ours: of the medians. skipped: why there are no figures;
-    wrong: it computed something else.
-    """
-
-    baseline: str
-    us: SpreadUs | None = None
-    error: float | None = None
-    times_ours: float | None = None
-    skipped: str | None = None
-    wrong: bool = False
-
-
-class LayerPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """active: experts that get a token, mean. roofline_us: bytes or flops over what the GPU can.
-    quantised: flexpert's experts are fp8, and the roofline is theirs; the baselines have bf16."""
-
-    shape: LayerShape
-    tokens: int
-    active: float
-    roofline_us: float
-    results: list[LayerResult]
-    quantised: bool = False
-
-
-class LayerReport(msgspec.Struct, frozen=True, kw_only=True):
-    machine: Machine
-    gpu: MeasuredGpu
-    points: list[LayerPoint]
-
-    @property
-    def correct(self) -> bool:
-        return not any(result.wrong for point in self.points for result in point.results)
 
 
 def run_layer(
@@ -113,16 +57,21 @@ def run_layer(
     tokens: Sequence[int],
     baselines: Sequence[str],
     *,
+    ranks: Sequence[int] = (1,),
     repeat: int,
     quantise: bool,
     seed: int,
     note: Callable[[str], None],
 ) -> LayerReport:
-    """Check and time all baselines.
+    """Check and time all baselines on one rank, and flexpert on several.
 
-    quantise: flexpert's experts are fp8.
+    Args:
+        tokens: of each rank.
+        quantise: flexpert's experts are fp8.
 
-    Raises: ConfigError: no GPU.
+    Raises:
+        ConfigError: no GPU.
+        FlexpertError: one of several ranks failed, or took too long.
     """
     device = open_gpu()
     torch.manual_seed(seed)
@@ -130,56 +79,49 @@ def run_layer(
     gpu = measure_gpu(device)
     points = []
     for shape in shapes:
-        note(f"{shape.name}: weights")
-        layer = Layer.build(shape, device, quantise=quantise)
-        for count in tokens:
-            points.append(layer.point(count, baselines, gpu, repeat=repeat, note=note))
-        del layer
-        torch.cuda.empty_cache()
+        for count in ranks:
+            if count == 1:
+                note(f"{shape.name}: weights")
+                weights = LayerWeights.drawn(shape, device, seed=seed, quantise=quantise)
+                layer = Layer.build(weights)
+                for each in tokens:
+                    points.append(layer.point(each, baselines, gpu, repeat=repeat, note=note))
+                del layer, weights
+                torch.cuda.empty_cache()
+                continue
+            plan = LayerGroupPlan(shape, list(tokens), count, repeat, quantise, seed)
+            points += run_layer_group(plan, gpu, note)
     return LayerReport(machine=this_machine(), gpu=gpu, points=points)
-
-
-def _distinct(ids: Tensor) -> int:
-    return int(torch.bincount(ids.flatten()).count_nonzero())
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Its weights, and both of flexpert's ways to compute it."""
+    """One rank's, and both of flexpert's ways to compute it.
 
-    shape: LayerShape
-    router: Tensor
+    up, down: of all experts, fused, as transformers has them. experts: as flexpert computes
+    with them.
+    """
+
+    weights: LayerWeights
     up: Tensor
     down: Tensor
     experts: list[ExpertWeights]
     local: LocalExperts
 
     @classmethod
-    def build(
-        cls,
-        shape: LayerShape,
-        device: torch.device,
-        *,
-        quantise: bool,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> Layer:
-        """Random weights that keep the size of what passes through them."""
-
-        def weights(*size: int) -> Tensor:
-            tensor = torch.empty(size, dtype=dtype, device=device)
-            for part in tensor if tensor.ndim == 3 else [tensor]:
-                part.normal_(std=size[-1] ** -0.5)
-            return tensor
-
-        up = weights(shape.experts, 2 * shape.inter, shape.hidden)
-        down = weights(shape.experts, shape.hidden, shape.inter)
-        experts = [ExpertWeights(up[e], down[e]) for e in range(shape.experts)]
-        if quantise:
-            experts = [quantised_with(whole) for whole in experts]
+    def build(cls, weights: LayerWeights) -> Layer:
+        """All experts of the layer."""
+        shape, device = weights.shape, weights.router.device
+        up, down = weights.empty(shape.experts)
+        experts = [weights.draw(e, ExpertWeights(up[e], down[e])) for e in range(shape.experts)]
         local = LocalExperts(0, 1, shape.experts, experts[0].shape, device)
-        layer = cls(shape, weights(shape.experts, shape.hidden), up, down, experts, local)
+        layer = cls(weights, up, down, experts, local)
         local.install(local.stage(layer.states()))
         return layer
+
+    @property
+    def shape(self) -> LayerShape:
+        return self.weights.shape
 
     def states(self) -> list[LayerState[SlotAddresses]]:
         """All experts on rank 0."""
@@ -226,7 +168,7 @@ class Layer:
 
         fresh()
         self.local.expect(tokens)
-        active = sum(_distinct(self._route(x)[0]) for x in xs) / INPUTS
+        active = sum(int(self.weights.chosen(x[0]).sum()) for x in xs) / INPUTS
         results: dict[str, LayerResult] = {}
         with torch.inference_mode(), self.exchanged(tokens) as exchanged:
             ours: dict[str, Ours] = {OURS: self.local, EXCHANGED: exchanged}
@@ -238,7 +180,7 @@ class Layer:
             shape=shape,
             tokens=tokens,
             active=active,
-            roofline_us=self._roofline_s(gpu, tokens, active) * 1e6,
+            roofline_us=shape.roofline_s(gpu, tokens, active, self.experts[0].nbytes) * 1e6,
             results=[
                 result
                 if result.us is None or own is None
@@ -247,14 +189,6 @@ class Layer:
             ],
             quantised=self.experts[0].gate_up_scale is not None,
         )
-
-    def _roofline_s(self, gpu: MeasuredGpu, tokens: int, active: float) -> float:
-        """Weights of the experts that are used, the router's, and tokens in and out, once each."""
-        nbytes = active * self.experts[0].nbytes + self.router.nbytes
-        nbytes += 2 * tokens * self.shape.hidden * self.up.element_size()
-        elements = self.up[0].numel() + self.down[0].numel()
-        flops = 2.0 * tokens * self.shape.topk * elements + 2.0 * tokens * self.router.numel()
-        return gpu.roofline_s(nbytes, flops)
 
     def _result(
         self,
@@ -286,47 +220,11 @@ class Layer:
         return LayerResult(baseline=name, us=SpreadUs.of(times), error=error)
 
     def block(self, name: str, moe: Ours | None, tokens: int) -> Qwen3MoeSparseMoeBlock:
-        shape = self.shape
-        config = Qwen3MoeConfig(
-            hidden_size=shape.hidden,
-            moe_intermediate_size=shape.inter,
-            num_experts=shape.experts,
-            num_experts_per_tok=shape.topk,
-            norm_topk_prob=True,
-        )
-        registrations.register()
-        config._experts_implementation = name if moe is None else registrations.IMPLEMENTATION
-        with torch.device("meta"):
-            block = Qwen3MoeSparseMoeBlock(config)
-        parameters = {
-            "gate.weight": self.router,
-            "experts.gate_up_proj": self.up,
-            "experts.down_proj": self.down,
-        }
-        block.load_state_dict(parameters, assign=True)
+        """transformers' module, its experts computed by `moe` or by its own ways' `name`."""
         if moe is not None:
-            routed = RoutedExperts(0, block.experts, moe, shape.topk)
-            registrations.bind(block.experts, routed)
-            routed.rows = tokens
-        return block.eval()
-
-    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(expert ids, weights) [tokens, k], by the rule of the module and its rounding."""
-        logits = x[0] @ self.router.t()
-        weights, ids = logits.float().softmax(-1).topk(self.shape.topk)
-        return ids, (weights / weights.sum(-1, keepdim=True)).to(logits.dtype)
+            return self.weights.block(moe, tokens)
+        return self.weights.baseline(name, self.up, self.down)
 
     def error(self, y: Tensor, x: Tensor) -> float:
         """Of the first tokens, relative to float64."""
-        ids, weights = self._route(x[None])
-        found, expected = [], []
-        for token in range(min(CHECKED, x.shape[0])):
-            total = torch.zeros(self.shape.hidden, dtype=torch.float64, device=x.device)
-            for expert, weight in zip(ids[token].tolist(), weights[token].double(), strict=True):
-                a, b = (self.up[expert].double() @ x[token].double()).chunk(2)
-                h = torch.nn.functional.silu(a) * b
-                total += weight * (self.down[expert].double() @ h)
-            expected.append(total)
-            found.append(y[token].double())
-        difference = torch.stack(found) - torch.stack(expected)
-        return float(difference.norm() / torch.stack(expected).norm())
+        return self.weights.error(y, x, lambda e: ExpertWeights(self.up[e], self.down[e]))

@@ -17,6 +17,7 @@ def llama_text(report: LlamaReport) -> RenderableType:
         f"each: {report.prompts}, {report.output_tokens} out"
     )
     columns = ["flexpert, tokens/s", "llama.cpp, tokens/s", "ratio", "lowest", "highest"]
+    columns += ["flexpert, MiB", "llama.cpp, MiB"]
     table = figures_table(title, "streams", columns)
     for one in report.streams:
         speeds = [
@@ -29,12 +30,15 @@ def llama_text(report: LlamaReport) -> RenderableType:
             f"{one.ratio:.2f}",
             f"{min(one.ratios, default=0):.2f}",
             f"{max(one.ratios, default=0):.2f}",
+            *(f"{held / 2**20:,.0f}" for held in (one.memory.ours, one.memory.theirs)),
         )
     found = report.agreement
     note = (
         f"greedy answers of {found.tokens} tokens to {found.prompts} prompts: {found.first} first "
         f"tokens the same and {found.near} apart by rounding, {found.whole} answers the same, "
-        f"{found.same_tokens:.1f} tokens on average; {report.machine.line()}"
+        f"{found.same_tokens:.1f} tokens on average; memory (PSS) of all processes after the "
+        f"requests, llama.cpp with a KV cache of {report.llama_tokens:,} tokens; "
+        f"{report.machine.line()}"
     )
     if report.failed:
         note = f"{report.failed} requests failed; {note}"

@@ -22,14 +22,21 @@ from flexpert.bench.llama.greedy_agreement import (
     check_same_model,
     greedy_agreement,
 )
-from flexpert.bench.llama.llama_server import GREEDY, LlamaSettings, llama_server, write_model
+from flexpert.bench.llama.llama_server import (
+    GREEDY,
+    LlamaServer,
+    LlamaSettings,
+    llama_server,
+    write_model,
+)
 from flexpert.bench.load import Target
 from flexpert.bench.machine import Machine, this_machine
 from flexpert.bench.offered_load import OfferedLoad, offer
 from flexpert.bench.other_server import ServerTurn
+from flexpert.bench.process_memory import held_memory
 from flexpert.bench.prompts import Prompt, tokenize
 from flexpert.bench.serve import ServeMeasured
-from flexpert.bench.service import own_service
+from flexpert.bench.service import Service, own_service
 from flexpert.bench.statistics import figures
 from flexpert.errors import ConfigError
 
@@ -64,35 +71,49 @@ class LlamaPlan:
         return replace(self.load, concurrency=streams, count=count)
 
 
+class HeldMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes (PSS) that all processes of each server hold; mapped files count."""
+
+    ours: int
+    theirs: int
+
+
 class StreamsComparison(msgspec.Struct, frozen=True, kw_only=True):
     """At one number of streams. ratios: our output tokens/s over theirs, of each pair of turns;
-    ratio: their median."""
+    ratio: their median. memory: after them."""
 
     streams: int
     pairs: list[ServerTurn]
     ratios: list[float]
     ratio: float
+    memory: HeldMemory
 
     @classmethod
-    def of(cls, streams: int, pairs: list[ServerTurn]) -> StreamsComparison:
+    def of(cls, streams: int, pairs: list[ServerTurn], memory: HeldMemory) -> StreamsComparison:
         ratios = [
             pair.ours.output_tokens_per_s / pair.theirs.output_tokens_per_s
             for pair in pairs
             if pair.theirs.output_tokens_per_s
         ]
         return cls(
-            streams=streams, pairs=pairs, ratios=ratios, ratio=median(ratios) if ratios else 0.0
+            streams=streams,
+            pairs=pairs,
+            ratios=ratios,
+            ratio=median(ratios) if ratios else 0.0,
+            memory=memory,
         )
 
 
 class LlamaReport(msgspec.Struct, frozen=True, kw_only=True):
-    """threads: of each server. prompts, output_tokens: of each request."""
+    """threads: of each server. llama_tokens: for which llama.cpp has room in its KV cache. prompts,
+    output_tokens: of each request."""
 
     command: str
     machine: Machine
     model: str
     ranks: int
     threads: int
+    llama_tokens: int
     prompts: str
     output_tokens: int
     agreement: GreedyAgreement
@@ -126,6 +147,7 @@ async def _compare(plan: LlamaPlan, note: Note) -> LlamaReport:
         most = max(plan.streams)
         count = max(plan.turn(most).count, CHECKED_PROMPTS)
         prompts = await _token_ids(service.target, replace(load, count=count))
+        slot_tokens = _slot_tokens(prompts, load.output_tokens)
         note("starting llama-server")
         theirs = await stack.enter_async_context(
             llama_server(
@@ -134,22 +156,23 @@ async def _compare(plan: LlamaPlan, note: Note) -> LlamaReport:
                     model=folder / "model.gguf",
                     threads=plan.threads,
                     slots=most,
-                    slot_tokens=_slot_tokens(prompts, load.output_tokens),
+                    slot_tokens=slot_tokens,
                 )
             )
         )
         agreement = await greedy_agreement(
-            service.target, theirs, prompts[:CHECKED_PROMPTS], CHECKED_TOKENS
+            service.target, theirs.target, prompts[:CHECKED_PROMPTS], CHECKED_TOKENS
         )
         note(f"{agreement.first} of {agreement.prompts} first tokens are the same")
         check_same_model(agreement)
-        streams = [await _at(count, plan, service.target, theirs, note) for count in plan.streams]
+        streams = [await _at(count, plan, service, theirs, note) for count in plan.streams]
     return LlamaReport(
         command=" ".join(["flexpert", *sys.argv[1:]]),
         machine=this_machine(),
         model=plan.measured.model,
         ranks=plan.measured.ranks,
         threads=plan.threads,
+        llama_tokens=most * slot_tokens,
         prompts=load.what,
         output_tokens=load.output_tokens,
         agreement=agreement,
@@ -171,7 +194,7 @@ async def _token_ids(target: Target, load: OfferedLoad) -> list[list[int]]:
 
 
 async def _at(
-    streams: int, plan: LlamaPlan, ours: Target, theirs: Target, note: Note
+    streams: int, plan: LlamaPlan, ours: Service, theirs: LlamaServer, note: Note
 ) -> StreamsComparison:
     """Pairs of turns with so many streams, after one that is not counted."""
     pairs = []
@@ -180,15 +203,16 @@ async def _at(
         if number == 0:
             load = replace(load, count=streams)
         load = replace(load, seed=plan.load.seed + number)
-        prompts: list[Prompt] = list(await _token_ids(ours, load))
+        prompts: list[Prompt] = list(await _token_ids(ours.target, load))
         found = {}
         for whose in ("ours", "theirs")[:: -1 if number % 2 else 1]:
-            target, fields = (ours, None) if whose == "ours" else (theirs, GREEDY)
-            found[whose] = figures(await offer(target, load, prompts, fields))
+            server, fields = (ours, None) if whose == "ours" else (theirs, GREEDY)
+            found[whose] = figures(await offer(server.target, load, prompts, fields))
         pair = ServerTurn(**found)
         what = f"pair {number} of {plan.pairs}" if number else "warming up"
         speeds = f"{pair.ours.output_tokens_per_s:.1f} and {pair.theirs.output_tokens_per_s:.1f}"
         note(f"{streams} streams, {what}: {speeds} tokens/s")
         if number:
             pairs.append(pair)
-    return StreamsComparison.of(streams, pairs)
+    memory = HeldMemory(ours=held_memory(ours.pid), theirs=held_memory(theirs.pid))
+    return StreamsComparison.of(streams, pairs, memory)

@@ -49,6 +49,14 @@ class LlamaSettings:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class LlamaServer:
+    """One that answers."""
+
+    target: Target
+    pid: int
+
+
 def check_available(program: Path | None) -> Path:
     """Before long work begins.
 
@@ -86,8 +94,8 @@ async def write_model(model: str, file: Path) -> None:
 
 
 @asynccontextmanager
-async def llama_server(settings: LlamaSettings) -> AsyncIterator[Target]:
-    """Where it answers, until the block ends.
+async def llama_server(settings: LlamaSettings) -> AsyncIterator[LlamaServer]:
+    """It answers until the block ends.
 
     Raises: FlexpertError: it ended, or was not ready in time; with the last lines it printed.
     """
@@ -97,7 +105,7 @@ async def llama_server(settings: LlamaSettings) -> AsyncIterator[Target]:
             child.keep_lines()
             target = Target("127.0.0.1", port)
             await _ready(child, target)
-            yield target
+            yield LlamaServer(target, child.pid)
     except OSError as error:
         raise FlexpertError(f"{settings.program} cannot be run: {error.strerror}") from None
 

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +29,9 @@ WHOLE = "FLEXPERT_WHOLE_IMPORTS"
 """Variable of the environment; set: nothing is left out."""
 
 _SYMBOLIC_SHAPES = "torch.fx.experimental.symbolic_shapes"
+_META_KERNELS = "torch._meta_registrations"
+"""With all operations once more, in Python; see `flexpert.models.meta_kernels` for who needs it."""
+
 _WRAPPED = "torch._dynamo._trace_wrapped_higher_order_op"
 Structure = dict[frozenset[str], dict[str, set[str]]]
 """As transformers has it: backends that are needed → module → the names in it."""
@@ -36,23 +39,32 @@ Structure = dict[frozenset[str], dict[str, set[str]]]
 
 class DeferredModule(ModuleType):
     """Stands in for a module until anything but its stand-ins, or a module inside of it, is asked
-    for."""
+    for. behind: deferred modules that are to be there before this one."""
 
     def __init__(
-        self, name: str, stand_ins: Mapping[str, object] | None = None, *, package: bool = False
+        self,
+        name: str,
+        stand_ins: Mapping[str, object] | None = None,
+        *,
+        package: bool = False,
+        behind: Sequence[str] = (),
     ) -> None:
         super().__init__(name)
         self.__dict__.update(stand_ins or {})
         self._package = package
+        self._behind = behind
 
     def __getattr__(self, name: str) -> Any:
-        # a package is asked for its path when a module inside of it is imported
-        if name.startswith("__") and not (name == "__path__" and self._package):
+        if name == "__path__" and self._package:
+            return _LatePath(self)
+        if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.whole(), name)
 
     def whole(self) -> ModuleType:
         """The module itself, from now on in place of this one."""
+        for name in self._behind:
+            _whole(name)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
         module = importlib.import_module(self.__name__)
@@ -62,20 +74,93 @@ class DeferredModule(ModuleType):
         return module
 
 
+class _LatePath(Sequence[str]):
+    """Of a deferred package, which is imported when somebody looks for a module inside of it: that
+    it has a path is asked by whoever imports one of its names as well."""
+
+    def __init__(self, package: DeferredModule) -> None:
+        self._package = package
+
+    def _path(self) -> Sequence[str]:
+        found: Sequence[str] = self._package.whole().__path__
+        return found
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._path()[index]
+
+    def __len__(self) -> int:
+        return len(self._path())
+
+
+class LateFunction:
+    """Stands in for a function, or a class that is only called, of a deferred module."""
+
+    def __init__(self, module: str, name: str) -> None:
+        self._module, self.__name__ = module, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(_whole(self._module), self.__name__)(*args, **kwargs)
+
+    def __or__(self, other: object) -> object:
+        """In an annotation."""
+        return Any
+
+
+_UNUSED = (
+    _META_KERNELS,
+    "torch.masked",
+    "torch.nn.intrinsic",
+    "torch.nn.qat",
+    "torch.nn.quantizable",
+    "torch.nn.quantized",
+    "torch.profiler",
+    "torch.quantization",
+    "torch.utils.data",
+)
+_HUB = {
+    "huggingface_hub.hf_api": (
+        "CommitOperationAdd",
+        "HfApi",
+        "get_repo_discussions",
+        "upload_file",
+    ),
+    "huggingface_hub._snapshot_download": ("snapshot_download",),
+}
+"""Modules for who talks to the hub, and what of them transformers imports for its functions."""
+
+
 def trim_imports() -> None:
     """Before either library is imported; later it does nothing."""
     if "torch" in sys.modules or "transformers" in sys.modules or os.environ.get(WHOLE):
         return
     _defer("torch.export", package=True)
     _defer("torch.export.decomp_utils", {"CustomDecompTable": dict})
+    constraints = DeferredModule("torch.distributions.constraints")
+    _defer("torch.distributions", {"constraints": constraints}, package=True)
+    for name in _UNUSED:
+        _defer(name, package=True)
+    if importlib.util.find_spec("pynvml"):  # else torch is to see that there is none
+        _defer("pynvml")
+    for name, functions in _HUB.items():
+        _defer(name, {each: LateFunction(name, each) for each in functions})
     torch = importlib.import_module("torch")
     torch.export = sys.modules["torch.export"]  # type: ignore[attr-defined]
+    for name in _UNUSED:
+        parent, _, last = name.rpartition(".")
+        if last not in vars(sys.modules[parent]):
+            setattr(sys.modules[parent], last, sys.modules[name])
+    if hasattr(torch._C, "_set_generator_metaclass"):
+        # a part of what `_meta_registrations` imports does so, and no generator is made before
+        opaque = importlib.import_module("torch._opaque_base")
+        torch._C._set_generator_metaclass(opaque.OpaqueBaseMeta)
     dynamo = {
         "allow_in_graph": _unchanged,
         "assume_constant_result": _unchanged,
         "disable": _not_disabled,
     }
-    torch._dynamo = _defer("torch._dynamo", dynamo, package=True)  # type: ignore[attr-defined]
+    torch._dynamo = _defer(  # type: ignore[attr-defined]
+        "torch._dynamo", dynamo, package=True, behind=(_META_KERNELS,)
+    )
     _defer(_WRAPPED, {"TransformGetItemToIndex": _transform_get_item})
     _defer("sympy", {"Basic": _Symbol}, package=True)
     shapes = {name: _of_numbers(name, function) for name, function in _ON_NUMBERS.items()}
@@ -85,9 +170,13 @@ def trim_imports() -> None:
 
 
 def _defer(
-    name: str, stand_ins: Mapping[str, object] | None = None, *, package: bool = False
+    name: str,
+    stand_ins: Mapping[str, object] | None = None,
+    *,
+    package: bool = False,
+    behind: Sequence[str] = (),
 ) -> DeferredModule:
-    sys.modules[name] = module = DeferredModule(name, stand_ins, package=package)
+    sys.modules[name] = module = DeferredModule(name, stand_ins, package=package, behind=behind)
     return module
 
 

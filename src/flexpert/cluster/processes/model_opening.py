@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from flexpert import heap, library_pages
 from flexpert.cluster.processes.lean_imports import trim_conversions, trim_imports
 from flexpert.config import Config
 from flexpert.device_settings import DEVICE_SETTINGS
@@ -28,7 +29,8 @@ def import_all() -> None:
     """All that needs no settings: also what its children run, which they would import each."""
     trim_imports()
     import flexpert.cluster.processes.model_report
-    import flexpert.cluster.processes.rank_process  # noqa: F401
+    import flexpert.cluster.processes.rank_process
+    import flexpert.comm.host.host_buffer  # noqa: F401
 
     trim_conversions()
 
@@ -67,6 +69,8 @@ def open_model(config_json: bytes) -> ModelSource:
             "opening the model has opened the GPU's driver in the process that ranks are forked "
             "from, where they could not use it; please report this with the model's config.json"
         )
+    heap.trim()
+    library_pages.give_back()
     return source
 
 

@@ -604,7 +604,8 @@ INLINE void linear_halves(const char *x, const char *w, const char *bias, char *
 #undef TILE
 }
 
-/* y = x w^T + b of one group; rows of y lie `stride` apart. Tiles have 16 accumulators where there are 32 vector registers, else 4. */
+/* y = x w^T + b of one group; rows of y lie `stride` apart. Tiles have 16 accumulators where there are 32 vector registers,
+ * 12 with 16 of 256 bits, else 4. */
 INLINE void linear_group(const char *x, const char *w, const char *bias, char *y, long rows, long k,
                          long n, long stride, int dtype, int level) {
     const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width;
@@ -1043,6 +1044,13 @@ INLINE void weigh_halves(const float *weights, const float *values, long width, 
     if (c < width) weigh_columns(weights, values + c * KEY_TILE, apart, from, to, rows, 2, total + c);
 }
 
+/* The first key that a row at `position` sees. window: keys, itself included; 0: all; negative: those of its own chunk,
+ * which begins at a multiple of -window. */
+INLINE long first_seen(long position, long window) {
+    if (window < 0) return position - position % -window;
+    return window > 0 && position >= window ? position - window + 1 : 0;
+}
+
 /* All query rows of one sequence and one key head; `scratch` holds the tile and the panel. */
 INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch, int dtype, int level) {
     const long width = dtype == BFLOAT16 ? 2 : 4;
@@ -1065,7 +1073,7 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                    query + m * kd, a->key_dim, 16, dtype);
             memset(acc + m * vd, 0, vd * sizeof(float));
             high[m] = first + row;
-            low[m] = a->window > 0 && high[m] >= a->window ? high[m] - a->window + 1 : 0;
+            low[m] = first_seen(high[m], a->window);
             if (a->sinks) { /* a key of value zero, whose score is learned */
                 peak[m] = dtype == BFLOAT16 ? from_bf16(((const uint16_t *)a->sinks)[head])
                                             : ((const float *)a->sinks)[head];

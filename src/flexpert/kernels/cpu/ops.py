@@ -280,7 +280,8 @@ def paged_attention(
         context_len: [S] int32, tokens in the cache after this step; a sequence's rows are its last.
         block_tables: [S, max_blocks] int32.
         slot_mapping: [N] int64, where each token's key and value go; -1 = nowhere.
-        window: keys each row sees, itself included; 0 = all.
+        window: keys each row sees, itself included; 0 = all; negative: those of its own chunk,
+            which begins at a multiple of -window.
         softcap: scores become softcap · tanh(score / softcap); 0 = off.
         sinks: [heads] scores of a key whose value is zero, or None.
 

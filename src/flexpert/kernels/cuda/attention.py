@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flexpert.kernels.cuda.attention_parts import (
     LOG2_E,
+    first_seen,
     merge_splits,
     padded,
     split_sums,
@@ -119,8 +120,8 @@ def look(
         score *= scaling * LOG2_E
     if MASKED:
         seen = n[None, :] <= position[:, None]
-        if WINDOW > 0:
-            seen = seen & (n[None, :] > position[:, None] - WINDOW)
+        if WINDOW != 0:
+            seen = seen & (n[None, :] >= first_seen(position, WINDOW)[:, None])
         score = tl.where(seen, score, float("-inf"))
     higher = tl.maximum(peak, tl.max(score, 1))
     safe = higher
@@ -167,9 +168,7 @@ def _attend_decode(
     v = tl.arange(0, VALUE_PAD)
 
     # this split's part of the keys
-    low = 0
-    if WINDOW > 0:
-        low = tl.maximum(0, context - WINDOW) // KEYS
+    low = first_seen(context - 1, WINDOW) // KEYS
     high = (context + KEYS - 1) // KEYS
     share = (high - low + splits - 1) // splits
     low = low + split * share
@@ -237,7 +236,8 @@ def paged_attention(
             0: the sequence is padding; its row becomes zero.
         block_tables: [S, max_blocks] int32, contiguous.
         slot_mapping: [N] int64, where each token's key and value go; -1 = nowhere.
-        window: keys each row sees, itself included; 0 = all.
+        window: keys each row sees, itself included; 0 = all; negative: those of its own chunk,
+            which begins at a multiple of -window.
         softcap: scores become softcap · tanh(score / softcap); 0 = off.
         sinks: [heads] scores of a key whose value is zero, or None.
 
@@ -322,7 +322,7 @@ def attend(
         tiling = choose(key_pad, dtype=query.dtype)
     longest = max_blocks * key_cache.shape[1]
     if window:
-        longest = min(longest, window + 1 + tiling.keys)
+        longest = min(longest, abs(window) + 1 + tiling.keys)
     splits = splits_of(tokens * kv_heads, longest // (2 * tiling.keys), tiling.fill, query.device)
     parts = split_sums(out, splits)
     _attend_decode[(tokens, kv_heads, splits)](

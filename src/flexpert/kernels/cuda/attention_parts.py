@@ -141,3 +141,16 @@ def splits_of(programs: int, most: int, fill: int, device: torch.device) -> int:
     processors = multiprocessor_count(device, interpreted=8)
     most = max(1, min(-(-fill * processors // programs), MOST_SPLITS, most))
     return 1 << most.bit_length() - 1
+
+
+@triton.jit
+def first_seen(position, WINDOW: tl.constexpr):
+    """The first key that a row at `position` sees; see `attention.paged_attention` for WINDOW."""
+    first = position * 0
+    if WINDOW > 0:
+        first = tl.maximum(position - WINDOW + 1, 0)
+    elif WINDOW < 0:
+        CHUNK: tl.constexpr = -WINDOW
+        first = tl.maximum(position, 0)  # of padding it is -1
+        first -= first % CHUNK
+    return first

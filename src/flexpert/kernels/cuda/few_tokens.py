@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flexpert.comm.interpreter import INTERPRETED
-from flexpert.kernels.cuda.attention_parts import LOG2_E, splits_of
+from flexpert.kernels.cuda.attention_parts import LOG2_E, first_seen, splits_of
 from flexpert.kernels.step_shapes import FEW_TOKENS
 
 MOST_TOKENS: Final = FEW_TOKENS
@@ -222,9 +222,7 @@ def _attend(
     context = tl.load(context_len + token)
     blocks = block_tables + token * max_blocks
     # keys before the token's own, which is not in the cache yet
-    low = 0
-    if WINDOW > 0:
-        low = tl.maximum(0, context - WINDOW) // KEYS
+    low = first_seen(context - 1, WINDOW) // KEYS
     high = (context - 1 + KEYS - 1) // KEYS
     tiles = tl.maximum(high - low, 0)
     share = tl.maximum((tiles + splits - 1) // splits, 1)
@@ -262,8 +260,8 @@ def _attend_split(
     lane = tl.arange(0, KEYS)
     n = low * KEYS + lane
     ok = (n < context - 1) & (low < high)
-    if WINDOW > 0:
-        ok = ok & (n > context - 1 - WINDOW)
+    if WINDOW != 0:
+        ok = ok & (n >= first_seen(context - 1, WINDOW))
     block = tl.load(blocks + n // BLOCK, mask=ok, other=0).to(tl.int64)
     place = ((block * BLOCK + n % BLOCK) * KV_HEADS + kv_head)[:, None] * DIM + d[None, :]
     seen = ok[:, None] & (d < DIM)[None, :]
@@ -550,7 +548,7 @@ class FewTokens:
         keys = self._tiling.keys
         longest = block_tables.shape[1] * block
         if window:
-            longest = min(longest, window + 1 + keys)
+            longest = min(longest, abs(window) + 1 + keys)
         splits = splits_of(tokens * kv_heads, longest // keys, 2, qkv.device)
         out = qkv.new_empty((tokens, heads * dim))
         shape = (splits, tokens, heads)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from flexpert.kernels.cuda.attention import look, write_cache
-from flexpert.kernels.cuda.attention_parts import LOG2_E, padded, queries_of_program
+from flexpert.kernels.cuda.attention_parts import LOG2_E, first_seen, padded, queries_of_program
 from flexpert.kernels.cuda.multiprocessors import multiprocessor_count
 from flexpert.kernels.step_shapes import lanes
 
@@ -80,9 +80,7 @@ def _begin(sinks, head, ok, SINKS: tl.constexpr):
 def _chunks(context, position, KEYS_IN_CHUNK: tl.constexpr, WINDOW: tl.constexpr):
     """[first, behind the last) of those that a row at `position` and the rows behind it up to
     `context` see."""
-    low = position * 0
-    if WINDOW > 0:
-        low = tl.maximum(position - WINDOW + 1, 0) // KEYS_IN_CHUNK
+    low = first_seen(position, WINDOW) // KEYS_IN_CHUNK
     return low, (context + KEYS_IN_CHUNK - 1) // KEYS_IN_CHUNK
 
 
@@ -123,13 +121,11 @@ def _attend(
         start = context - count + begin
         last = tl.minimum(context, start + TOKENS)
         high = (last + KEYS - 1) // KEYS
-        low = start * 0
+        low = first_seen(start, WINDOW) // KEYS
         # up to here every row sees every key; one that decodes is as fast as its keys arrive, and
         # a second loop makes it slower
         middle = start * 0
-        if WINDOW > 0:
-            low = tl.maximum(start - WINDOW + 1, 0) // KEYS
-        elif not DECODE:
+        if WINDOW == 0 and not DECODE:
             middle = (start + 1) // KEYS
         TILES: tl.constexpr = KEYS_IN_CHUNK // KEYS
         first_chunk, behind = _chunks(last, start, KEYS_IN_CHUNK, WINDOW)
@@ -269,7 +265,7 @@ def attend(
     programs = sequences if decode else tokens // together + sequences
     longest = max_blocks * key_cache.shape[1]
     if window:
-        longest = min(longest, window + CHUNK)
+        longest = min(longest, abs(window) + CHUNK)
     chunks = triton.cdiv(longest, CHUNK)
     if splits is None:
         splits = _splits(programs * kv_heads, chunks, query.device)

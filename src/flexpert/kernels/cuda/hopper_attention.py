@@ -79,6 +79,19 @@ def _copy(
 
 
 @gluon.jit
+def _first_seen(position, WINDOW: gl.constexpr):
+    """As `attention_parts.first_seen`."""
+    first = position * 0
+    if WINDOW > 0:
+        first = gl.maximum(position - WINDOW + 1, 0)
+    elif WINDOW < 0:
+        CHUNK: gl.constexpr = -WINDOW
+        first = gl.maximum(position, 0)
+        first -= first % CHUNK
+    return first
+
+
+@gluon.jit
 def _weights(
     score, peak, total, n, position, end, scale, softcap, MASKED: gl.constexpr,
     WINDOW: gl.constexpr, CAPPED: gl.constexpr,
@@ -94,8 +107,8 @@ def _weights(
         keys = gl.expand_dims(n, 0)
         rows = gl.expand_dims(position, 1)
         seen = (keys <= rows) & (keys < end)
-        if WINDOW > 0:
-            seen = seen & (keys > rows - WINDOW)
+        if WINDOW != 0:
+            seen = seen & (keys >= gl.expand_dims(_first_seen(position, WINDOW), 1))
         score = gl.where(seen, score, float("-inf"))
     higher = gl.maximum(peak, gl.max(score, 1) * factor)
     safe = higher
@@ -179,9 +192,7 @@ def attend_prompts_hopper(
 
         # the keys that any row of this program sees, and this split's part of them
         last = gl.minimum(context, context - count + begin + TOKENS)
-        low = 0
-        if WINDOW > 0:
-            low = gl.maximum(0, context - count + begin - WINDOW + 1) // KEYS
+        low = _first_seen(context - count + begin, WINDOW) // KEYS
         high = (last + KEYS - 1) // KEYS
         if SPLIT:
             share = (high - low + splits - 1) // splits

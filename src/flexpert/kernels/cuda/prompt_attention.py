@@ -20,6 +20,7 @@ from torch import Tensor
 from flexpert.kernels.cuda.attention_parts import (
     LOG2_E,
     MOST_SPLITS,
+    first_seen,
     merge_splits,
     padded,
     queries_of,
@@ -81,8 +82,8 @@ def _look(
         factor = scale
     if MASKED:
         seen = n[None, :] <= position[:, None]
-        if WINDOW > 0:
-            seen = seen & (n[None, :] > position[:, None] - WINDOW)
+        if WINDOW != 0:
+            seen = seen & (n[None, :] >= first_seen(position, WINDOW)[:, None])
         score = tl.where(seen, score, float("-inf"))
     higher = tl.maximum(peak, tl.max(score, 1) * factor)
     safe = higher
@@ -134,9 +135,7 @@ def _attend_prompts(
 
         # the keys that any row of this program sees, and this split's part of them
         last = tl.minimum(context, context - count + begin + TOKENS)
-        low = 0
-        if WINDOW > 0:
-            low = tl.maximum(0, context - count + begin - WINDOW + 1) // KEYS
+        low = first_seen(context - count + begin, WINDOW) // KEYS
         high = (last + KEYS - 1) // KEYS
         if SPLIT:
             share = (high - low + splits - 1) // splits
@@ -220,7 +219,7 @@ def attend_prompts(
     programs = tokens // together + sequences
     longest = max_blocks * key_cache.shape[1]
     if window:
-        longest = min(longest, window + together + tiling.keys)
+        longest = min(longest, abs(window) + together + tiling.keys)
     splits = splits_of(programs * kv_heads, longest // (2 * tiling.keys), tiling.fill, query.device)
     parts = split_sums(out, splits)
     arguments = (
