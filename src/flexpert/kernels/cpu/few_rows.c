@@ -220,7 +220,7 @@ INLINE f32x16 few_as_is(f32x16 sums) { return sums; }
             UNROLL for (int i = 0; i < 16; i++) acc[t][i] = IN_ORDER(acc[t][i]);                   \
         UNROLL for (int t = 0; t < rows; t++)                                                      \
             store_tile(acc[t], bias ? bias + t * outs * 2 : NULL, y + t * outs * 2, n, live, outs, \
-                       rows, outs, BFLOAT16, BIG);                                                     \
+                       rows, outs, BFLOAT16);                                                      \
         return 1;                                                                                  \
     }                                                                                              \
     FEW_ROWS(NAME, TARGET, 1, OTHER)                                                               \

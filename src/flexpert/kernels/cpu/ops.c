@@ -170,23 +170,22 @@ INLINE f32x16 fold16(const f32x16 *a) {
            SHUFFLE(p[0], p[1], 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* As `fold16`, of up to 8 vectors in memory, for what has 256 bits. */
-INLINE f32x8 fold8(const f32x16 *a, int live) {
-    f32x8 h[8], q[4], p[2];
 #if defined(__clang__)
-#define MIX(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#define SHUFFLE8(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
-#define MIX(A, B, ...) __builtin_shuffle(A, B, (i32x8){__VA_ARGS__})
+#define SHUFFLE8(a, b, ...) __builtin_shuffle(a, b, (i32x8){__VA_ARGS__})
 #endif
-    UNROLL for (int i = 0; i < 8; i++)
-        h[i] = i < live ? load_half(a + i) + load_half((const char *)(a + i) + 32) : (f32x8){0};
+
+/* As `fold16`, of the first `live` of 8 vectors whose halves are added up already; the others count as 0. */
+INLINE f32x8 fold8(const f32x8 *a, int live) {
+    f32x8 h[8], q[4], p[2];
+    UNROLL for (int i = 0; i < 8; i++) h[i] = i < live ? a[i] : (f32x8){0};
     UNROLL for (int i = 0; i < 4; i++)
-        q[i] = MIX(h[i], h[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) + MIX(h[i], h[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+        q[i] = SHUFFLE8(h[i], h[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE8(h[i], h[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     UNROLL for (int i = 0; i < 2; i++)
-        p[i] = MIX(q[2 * i], q[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-               MIX(q[2 * i], q[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-    return MIX(p[0], p[1], 0, 2, 8, 10, 4, 6, 12, 14) + MIX(p[0], p[1], 1, 3, 9, 11, 5, 7, 13, 15);
-#undef MIX
+        p[i] = SHUFFLE8(q[2 * i], q[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               SHUFFLE8(q[2 * i], q[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return SHUFFLE8(p[0], p[1], 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE8(p[0], p[1], 1, 3, 9, 11, 5, 7, 13, 15);
 }
 
 /* e^x for x <= 0, within 2 ulp; about 1e-38 below -87. */
@@ -250,10 +249,14 @@ INLINE long dot_across_lines(const char **x, const char **w, long k, int rows, i
 #endif
 
 #if defined(__x86_64__)
-/* 2 x 6 dot products go on by half a vector of 16 sums, in the 16 registers that there are: what a compiler makes of
- * it keeps one sum in memory, and takes twice the time. x, w: where the two rows and the six are now, of `row` bytes. */
-INLINE void dot_2_by_6(const char *x, const char *w, long row, int dtype, f32x8 *sum) {
+/* Half of the 16 sums of each of 2 x 6 dot products, over so many bytes of each row, in the 16 registers that there
+ * are: what a compiler makes of it keeps one sum in memory, and takes twice the time. So would sums of an array, which
+ * large functions keep there. x, w: the first of two rows and of six, `row` bytes apart. */
+INLINE void dot_2_by_6(const char *x, const char *w, long row, long bytes, int dtype, const char *ahead, int lines,
+                       f32x8 *sum) {
     const u32x8 high = (u32x8){0} + 0xffff0000u;
+    f32x8 a = sum[0], b = sum[1], c = sum[2], d = sum[3], e = sum[4], f = sum[5];
+    f32x8 g = sum[6], h = sum[7], i = sum[8], j = sum[9], k = sum[10], l = sum[11];
 #define ODD(FROM, INTO) "vpand " FROM ", %[high], " INTO "\n\t"
 #define EVEN(FROM, INTO) "vmovdqu " FROM ", " INTO "\n\tvpslld $16, " INTO ", " INTO "\n\t"
 #define WHOLE_F32(FROM, INTO) "vmovups " FROM ", " INTO "\n\t"
@@ -267,12 +270,17 @@ INLINE void dot_2_by_6(const char *x, const char *w, long row, int dtype, f32x8 
     PART("(%[w3],%[row])", "%%ymm15") BOTH("e", "k")                                               \
     PART("(%[w3],%[row],2)", "%%ymm15") BOTH("f", "l")
 #define SUMS                                                                                       \
-    [a] "+x"(sum[0]), [b] "+x"(sum[1]), [c] "+x"(sum[2]), [d] "+x"(sum[3]), [e] "+x"(sum[4]),      \
-        [f] "+x"(sum[5]), [g] "+x"(sum[6]), [h] "+x"(sum[7]), [i] "+x"(sum[8]), [j] "+x"(sum[9]),  \
-        [k] "+x"(sum[10]), [l] "+x"(sum[11])
-#define PLACES [high] "x"(high), [x] "r"(x), [w] "r"(w), [w3] "r"(w + 3 * row), [row] "r"(row)
-    if (dtype == BFLOAT16) __asm__(TAKE(ODD) TAKE(EVEN) : SUMS : PLACES : "memory", "xmm13", "xmm14", "xmm15");
-    else __asm__(TAKE(WHOLE_F32) : SUMS : PLACES : "memory", "xmm13", "xmm14", "xmm15");
+    [a] "+x"(a), [b] "+x"(b), [c] "+x"(c), [d] "+x"(d), [e] "+x"(e), [f] "+x"(f), [g] "+x"(g),     \
+        [h] "+x"(h), [i] "+x"(i), [j] "+x"(j), [k] "+x"(k), [l] "+x"(l)
+#define PLACES [high] "x"(high), [x] "r"(x), [w] "r"(w), [w3] "r"(w3), [row] "r"(row)
+    const char *w3 = w + 3 * row;
+    for (const char *end = x + bytes; x < end; x += 64, w += 64, w3 += 64, ahead += 64) {
+        fetch_ahead(ahead, row, lines);
+        if (dtype == BFLOAT16) __asm__(TAKE(ODD) TAKE(EVEN) : SUMS : PLACES : "memory", "xmm13", "xmm14", "xmm15");
+        else __asm__(TAKE(WHOLE_F32) : SUMS : PLACES : "memory", "xmm13", "xmm14", "xmm15");
+    }
+    sum[0] = a, sum[1] = b, sum[2] = c, sum[3] = d, sum[4] = e, sum[5] = f;
+    sum[6] = g, sum[7] = h, sum[8] = i, sum[9] = j, sum[10] = k, sum[11] = l;
 #undef PLACES
 #undef SUMS
 #undef TAKE
@@ -283,51 +291,6 @@ INLINE void dot_2_by_6(const char *x, const char *w, long row, int dtype, f32x8 
 }
 #endif
 
-/* As `dot_tile`, with 16 registers of 256 bits: the lower lanes of all sums, then the upper ones. Or, of
- * one row, both at once, so that a line of weights is read once. */
-INLINE void dot_halves(const char **x, const char **w, long k, int rows, int outs, int dtype,
-                       const char *ahead, int lines, f32x16 *acc) {
-    const long width = dtype == BFLOAT16 ? 2 : 4, bytes = k * width / 64 * 64, row = k * width;
-    const int at_once = rows == 1 ? 2 : 1;
-    for (int half = 0; half < 2; half += at_once) {
-        f32x8 sum[2][12];
-        UNROLL for (int h = 0; h < at_once; h++)
-            UNROLL for (int t = 0; t < rows * outs; t++) sum[h][t] = (f32x8){0};
-        for (long i = 0; i < bytes; i += 64) {
-            /* of the lines that are wanted later one half now, the other in the second turn */
-            fetch_ahead(ahead + i + half * lines / 2 * row, row, rows == 1 ? lines : lines / 2);
-#if defined(__x86_64__)
-            if (rows == 2 && outs == 6) {
-                dot_2_by_6(x[0] + i + 32 * half, w[0] + i + 32 * half, row, dtype, sum[0]);
-                continue;
-            }
-#endif
-            UNROLL for (int h = 0; h < at_once; h++) {
-                const long at = i + 32 * (half + h);
-#define PART(LOADED)                                                                               \
-    {                                                                                              \
-        f32x8 xs[2];                                                                               \
-        UNROLL for (int r = 0; r < rows; r++) xs[r] = LOADED(x[r] + at);                           \
-        UNROLL for (int o = 0; o < outs; o++) {                                                    \
-            const f32x8 wo = LOADED(w[o] + at);                                                    \
-            UNROLL for (int r = 0; r < rows; r++) sum[h][r * outs + o] += xs[r] * wo;              \
-        }                                                                                          \
-    }
-#define ODD(P) odd8(load_pairs(P))
-#define EVEN(P) even8(load_pairs(P))
-                if (dtype == BFLOAT16) PART(ODD) else PART(load_half)
-                if (dtype == BFLOAT16) PART(EVEN)
-#undef EVEN
-#undef ODD
-#undef PART
-            }
-        }
-        UNROLL for (int h = 0; h < at_once; h++)
-            UNROLL for (int t = 0; t < rows * outs; t++)
-                memcpy((char *)&acc[t] + 32 * (half + h), &sum[h][t], 32);
-    }
-}
-
 /* Dot products of `rows` x rows with `outs` weight rows, rows * outs <= 16, both compile-time.
  * acc[r * outs + o] = x[r] . w[o] over `k` elements, 16 partial sums; acc starts at 0. Meanwhile as much
  * of `lines` weight rows that come later is fetched from `ahead` on: what is computed hides what is
@@ -337,7 +300,6 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
     const long step = dtype == BFLOAT16 ? 32 : 16;
     const long width = dtype == BFLOAT16 ? 2 : 4;
     long whole = k / step * step;
-    if (level == HALVES) dot_halves(x, w, k, rows, outs, dtype, ahead, lines, acc);
     if (level == SMALL) {
         f32x8 sum[4][2];
         UNROLL for (int t = 0; t < rows * outs; t++) sum[t][0] = sum[t][1] = (f32x8){0};
@@ -428,12 +390,10 @@ INLINE void dot_tile(const char **x, const char **w, long k, int rows, int outs,
 
 /* The sums of a tile, with the bias: the first `live_rows` and `live_outs` of it. */
 INLINE void store_tile(const f32x16 *acc, const char *bias, char *y, long n, int live_rows,
-                       int live_outs, int rows, int outs, int dtype, int level) {
+                       int live_outs, int rows, int outs, int dtype) {
     float sums[16] = {0};
-    if (rows * outs >= 8 || level == HALVES) { /* what there is not of 16 is 0 */
-        f32x16 s;
-        if (level == HALVES) s = join(fold8(acc, rows * outs), fold8(acc + 8, rows * outs - 8));
-        else s = fold16(acc);
+    if (rows * outs >= 8) { /* what there is not of 16 is 0 */
+        f32x16 s = fold16(acc);
         if (dtype == BFLOAT16 && live_outs == outs) {
             uint16_t add[16] = {0};
             UNROLL for (int r = 0; r < rows; r++)
@@ -471,9 +431,9 @@ INLINE void linear_tile(const char *x, const char *w, const char *bias, char *y,
     f32x16 acc[16];
     UNROLL for (int r = 0; r < rows; r++) xp[r] = x + (r < live_rows ? r : live_rows - 1) * k * width;
     UNROLL for (int o = 0; o < outs; o++) wp[o] = w + (o < live_outs ? o : live_outs - 1) * k * width;
-    UNROLL for (int i = 0; level != HALVES && i < 16; i++) acc[i] = (f32x16){0};
+    UNROLL for (int i = 0; i < 16; i++) acc[i] = (f32x16){0};
     dot_tile(xp, wp, k, rows, outs, dtype, level, ahead, lines, acc);
-    store_tile(acc, bias, y, n, live_rows, live_outs, rows, outs, dtype, level);
+    store_tile(acc, bias, y, n, live_rows, live_outs, rows, outs, dtype);
 }
 
 enum { COPIED = 32 << 10 }; /* bytes of weights that are copied to where they lie as vectors do */
@@ -524,40 +484,128 @@ INLINE void linear_panel(const char *x, const char *w, const char *bias, char *y
 #undef TILE
 }
 
+/* As `dot_2_by_6`, of few bytes or another number of rows. */
+INLINE void dot_half(const char *x, const char *w, long row, int rows, int outs, int dtype, f32x8 *sum) {
+#define TAKE(PART)                                                                                 \
+    {                                                                                              \
+        f32x8 xs[2];                                                                               \
+        UNROLL for (int r = 0; r < rows; r++) xs[r] = PART(x + r * row);                           \
+        UNROLL for (int o = 0; o < outs; o++) {                                                    \
+            const f32x8 wo = PART(w + o * row);                                                    \
+            UNROLL for (int r = 0; r < rows; r++) sum[r * outs + o] += xs[r] * wo;                 \
+        }                                                                                          \
+    }
+#define ODD(P) odd8(load_pairs(P))
+#define EVEN(P) even8(load_pairs(P))
+    if (dtype == BFLOAT16) {
+        TAKE(ODD)
+        TAKE(EVEN)
+    } else {
+        TAKE(load_half)
+    }
+#undef EVEN
+#undef ODD
+#undef TAKE
+}
+
+/* A tile of y = x w^T + b with 16 registers of 256 bits: the lower lanes of all sums, then the upper ones; or, of one
+ * row, both at once, so that a line of weights is read once. rows: 1 or 2; outs: up to 6; ahead: as in `dot_tile`. */
+INLINE void tile_halves(const char *x, const char *w, const char *bias, char *y, long k, long stride, int rows,
+                        int outs, int dtype, const char *ahead, int lines) {
+    const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width, whole = row / 64 * 64;
+    const int count = rows * outs, at_once = rows == 1 ? 2 : 1;
+    f32x8 sum[2][12];
+    char rest[8][64]; /* of x and of w what is no whole line, padded with zeros */
+    if (whole < row)
+        UNROLL for (int i = 0; i < rows + outs; i++) {
+            memset(rest[i], 0, 64);
+            memcpy(rest[i], (i < rows ? x + i * row : w + (i - rows) * row) + whole, row - whole);
+        }
+    for (int half = 0; half < 2; half += at_once) {
+        f32x8 now[2][12];
+        UNROLL for (int h = 0; h < at_once; h++)
+            UNROLL for (int t = 0; t < count; t++) now[h][t] = (f32x8){0};
+        /* of the lines that are wanted later one half now, the other in the second turn */
+        const char *later = ahead + half * lines / 2 * row;
+        const int some = rows == 1 ? lines : lines / 2;
+        long i = 0;
+#if defined(__x86_64__)
+        if (rows == 2 && outs == 6) {
+            dot_2_by_6(x + 32 * half, w + 32 * half, row, whole, dtype, later, some, now[0]);
+            i = whole;
+        }
+#endif
+        for (; i < whole; i += 64) {
+            fetch_ahead(later + i, row, some);
+            UNROLL for (int h = 0; h < at_once; h++)
+                dot_half(x + i + 32 * (half + h), w + i + 32 * (half + h), row, rows, outs, dtype, now[h]);
+        }
+        if (whole < row)
+            UNROLL for (int h = 0; h < at_once; h++)
+                dot_half(rest[0] + 32 * (half + h), rest[rows] + 32 * (half + h), 64, rows, outs, dtype, now[h]);
+        UNROLL for (int t = 0; t < count; t++) {
+            if (at_once == 2) sum[0][t] = now[0][t] + now[1][t];
+            else if (half == 0) sum[0][t] = now[0][t];
+            else sum[0][t] += now[0][t];
+        }
+    }
+    f32x16 s = join(fold8(sum[0], count), count > 8 ? fold8(sum[0] + 8, count - 8) : (f32x8){0});
+    if (dtype == BFLOAT16) {
+        if (bias) {
+            uint16_t add[16] = {0};
+            UNROLL for (int r = 0; r < rows; r++) memcpy(add + r * outs, bias, outs * 2);
+            s += (f32x16)(__builtin_convertvector(load_u16(add), u32x16) << 16);
+        }
+        const u16x16 rounded = round16(s);
+        UNROLL for (int r = 0; r < rows; r++) memcpy(y + r * stride * 2, (const char *)&rounded + r * outs * 2, outs * 2);
+    } else {
+        if (bias) {
+            float add[16] = {0};
+            UNROLL for (int r = 0; r < rows; r++) memcpy(add + r * outs, bias, outs * 4);
+            s += load_f32(add);
+        }
+        UNROLL for (int r = 0; r < rows; r++) memcpy(y + r * stride * 4, (const char *)&s + r * outs * 4, outs * 4);
+    }
+}
+
 /* As `linear_group`, with 16 registers of 256 bits: tiles of 2 x 6, whose six weight rows stay in the nearest
  * cache for all rows of x, and meanwhile the next six are fetched. */
 INLINE void linear_halves(const char *x, const char *w, const char *bias, char *y, long rows, long k,
                           long n, long stride, int dtype) {
-    const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width;
-#define TILE(R, O, LIVE, LINES)                                                                    \
-    linear_tile(x + r * row, w + o * row, bias ? bias + o * width : NULL, y + (r * stride + o) * width, k,      \
-                stride, R, LIVE, R, O, dtype, HALVES, ahead, LINES)
-    const long every = rows < 12 ? 1 : rows / 6; /* tiles of which one fetches */
+    const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width, every = rows < 12 ? 1 : rows / 6;
     long o = 0;
+#define TILE(R, O, LINES)                                                                          \
+    tile_halves(x + r * row, w + o * row, bias ? bias + o * width : NULL, y + (r * stride + o) * width, k,      \
+                stride, R, O, dtype, ahead, LINES)
+#define FETCHING(ROWS, LINES) (TILE(ROWS, 6, LINES), ahead += (LINES) * row, left -= LINES)
     for (; o + 6 <= n; o += 6) {
         const char *ahead = w + (o + 6) * row;
         long r = 0, left = o + 12 <= n ? 6 : 0;
-#define FETCHING(ROWS, LINES) (TILE(ROWS, 6, 6, LINES), ahead += (LINES) * row, left -= LINES)
         for (; r + 2 <= rows; r += 2) {
-            if (left == 0 || r / 2 % every != every - 1) TILE(2, 6, 6, 0);
+            if (left == 0 || r / 2 % every != every - 1) TILE(2, 6, 0);
             else if (rows < 4) FETCHING(2, 6);
             else if (rows < 6 && left == 6) FETCHING(2, 4);
             else FETCHING(2, 2);
         }
-        if (r < rows && left == 6) TILE(1, 6, 6, 6);
-        else if (r < rows) TILE(1, 6, 6, 0);
+        if (r < rows && left == 6) TILE(1, 6, 6);
+        else if (r < rows) TILE(1, 6, 0);
+    }
 #undef FETCHING
+#define REST(O)                                                                                    \
+    for (; o + O <= n; o += O) {                                                                   \
+        long r = 0;                                                                                \
+        for (; r + 2 <= rows; r += 2) TILE(2, O, 0);                                               \
+        if (r < rows) TILE(1, O, 0);                                                               \
     }
-    for (const char *ahead = w; o < n; o += 4) {
-        const int live = (int)(n - o < 4 ? n - o : 4);
-        long r = 0;
-        for (; r + 2 <= rows; r += 2) TILE(2, 4, live, 0);
-        if (r < rows) TILE(1, 4, live, 0);
-    }
+    const char *ahead = w;
+    REST(4)
+    REST(1)
+#undef REST
 #undef TILE
 }
 
-/* y = x w^T + b of one group; rows of y lie `stride` apart. Tiles have 16 accumulators where there are 32 vector registers, else 4. */
+/* y = x w^T + b of one group; rows of y lie `stride` apart. Tiles have 16 accumulators where there are 32 vector registers,
+ * 12 with 16 of 256 bits, else 4. */
 INLINE void linear_group(const char *x, const char *w, const char *bias, char *y, long rows, long k,
                          long n, long stride, int dtype, int level) {
     const long width = dtype == BFLOAT16 ? 2 : 4, row = k * width;
@@ -940,6 +988,62 @@ INLINE void store_kv(const attention_args *a) {
 static const int32_t FROM[32] = {NOT, ALL}; /* 16 from FROM + 16 - i: set from lane i on */
 static const int32_t TO[32] = {ALL, NOT};   /* 16 from TO + 15 - i: set up to lane i */
 
+/* Scores of one or two rows of queries, `apart` floats apart, with a tile of keys, KEY_TILE apart; with 16 registers of
+ * 256 bits, and the sums of level BIG. */
+INLINE void score_halves(const float *query, long apart, const float *keys, long width, int rows, float *scores) {
+    f32x8 part[2][16];
+    for (int half = 0; half < 2; half++)
+        for (int j0 = 0; j0 < 16; j0 += 4) {
+            const float *q = query + 8 * half, *k = keys + j0 * 16 + 8 * half;
+            f32x8 sum[2][4];
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int j = 0; j < 4; j++) sum[r][j] = (f32x8){0};
+            for (long c = 0; c < width; c += 16) {
+                f32x8 qs[2];
+                UNROLL for (int r = 0; r < rows; r++) qs[r] = load_half(q + r * apart + c);
+                UNROLL for (int j = 0; j < 4; j++) {
+                    const f32x8 key = load_half(k + c * KEY_TILE + j * 16);
+                    UNROLL for (int r = 0; r < rows; r++) sum[r][j] += qs[r] * key;
+                }
+            }
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int j = 0; j < 4; j++) part[r][j0 + j] = half ? part[r][j0 + j] + sum[r][j] : sum[r][j];
+        }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int h = 0; h < 2; h++) {
+            const f32x8 eight = fold8(part[r] + 8 * h, 8);
+            memcpy(scores + r * KEY_TILE + 8 * h, &eight, 32);
+        }
+}
+
+/* Adds weighted values of keys from … to of a tile to 8 * `parts` columns of one or two rows of sums, `apart` floats
+ * apart. weights: KEY_TILE a row. */
+INLINE void weigh_columns(const float *weights, const float *values, long apart, int from, int to, int rows, int parts,
+                          float *total) {
+    f32x8 sum[2][4];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < parts; i++) sum[r][i] = load_half(total + r * apart + 8 * i);
+    for (int j = from; j <= to; j++) {
+        const float first = weights[j], second = weights[(rows - 1) * KEY_TILE + j];
+        UNROLL for (int i = 0; i < parts; i++) {
+            const f32x8 value = load_half(values + i / 2 * 16 * KEY_TILE + j * 16 + i % 2 * 8);
+            sum[0][i] += first * value;
+            if (rows == 2) sum[1][i] += second * value;
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < parts; i++) memcpy(total + r * apart + 8 * i, &sum[r][i], 32);
+}
+
+/* As `weigh_columns`, of all columns, a multiple of 16. */
+INLINE void weigh_halves(const float *weights, const float *values, long width, long apart, int from, int to, int rows,
+                         float *total) {
+    long c = 0;
+    for (; c + 32 <= width; c += 32)
+        weigh_columns(weights, values + c * KEY_TILE, apart, from, to, rows, 4, total + c);
+    if (c < width) weigh_columns(weights, values + c * KEY_TILE, apart, from, to, rows, 2, total + c);
+}
+
 /* The first key that a row at `position` sees. window: keys, itself included; 0: all; negative: those of its own chunk,
  * which begins at a multiple of -window. */
 INLINE long first_seen(long position, long window) {
@@ -1012,9 +1116,9 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
             while (some < panel && high[some] < base) some++;
             while (end > some && low[end - 1] >= base + KEY_TILE) end--;
             for (long m = some; m < end; m++) {
-                const float *q = query + m * kd;
                 f32x16 score;
                 if (level >= BIG) {
+                    const float *q = query + m * kd;
                     f32x16 part[16];
                     UNROLL for (int j = 0; j < 16; j++) part[j] = (f32x16){0};
                     for (long c = 0; c < kw; c += 16) {
@@ -1024,21 +1128,11 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                     }
                     score = fold16(part);
                 } else {
-                    float scores[16];
-                    for (int j0 = 0; j0 < 16; j0 += 4) {
-                        f32x8 part[4][2];
-                        UNROLL for (int j = 0; j < 4; j++) part[j][0] = part[j][1] = (f32x8){0};
-                        for (long c = 0; c < kw; c += 16) {
-                            UNROLL for (int h = 0; h < 2; h++) {
-                                const f32x8 qv = load_half(q + c + 8 * h);
-                                const float *keys = key_tile + c * KEY_TILE + j0 * 16 + 8 * h;
-                                UNROLL for (int j = 0; j < 4; j++) part[j][h] += qv * load_half(keys + j * 16);
-                            }
-                        }
-                        UNROLL for (int j = 0; j < 4; j++)
-                            scores[j0 + j] = fold(join(part[j][0], part[j][1]));
+                    if ((m - some) % 2 == 0) { /* two rows take a key at a time */
+                        if (m + 1 < end) score_halves(query + m * kd, kd, key_tile, kw, 2, weights[m]);
+                        else score_halves(query + m * kd, kd, key_tile, kw, 1, weights[m]);
                     }
-                    memcpy(&score, scores, sizeof score);
+                    score = load_f32(weights[m]);
                 }
                 score = score * a->scaling;
                 if (a->softcap > 0.0f) { /* c * tanh(s / c), by e^(-2|s/c|) */
@@ -1062,16 +1156,16 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                 sum[m] = sum[m] * shrinks[m] + fold(weight);
                 memcpy(weights[m], &weight, sizeof weight);
             }
+            for (long m = some; m < end; m++)
+                for (long c = 0; shrinks[m] != 1.0f && c < vw; c += 16) {
+                    const f32x16 v = load_f32(acc + m * vd + c) * shrinks[m];
+                    memcpy(acc + m * vd + c, &v, sizeof v);
+                }
             for (long m = some; m < end; m++) {
                 const int from = low[m] > base ? (int)(low[m] - base) : 0;
                 const int to = high[m] < base + KEY_TILE - 1 ? (int)(high[m] - base) : KEY_TILE - 1;
                 const float *p = weights[m];
                 float *total = acc + m * vd;
-                if (shrinks[m] != 1.0f)
-                    for (long c = 0; c < vw; c += 16) {
-                        const f32x16 v = load_f32(total + c) * shrinks[m];
-                        memcpy(total + c, &v, sizeof v);
-                    }
                 if (level >= BIG && from == 0 && to == KEY_TILE - 1) { /* weights in registers */
                     for (long c = 0; c < vw; c += 16) {
                         const float *values = value_tile + c * KEY_TILE;
@@ -1086,13 +1180,12 @@ INLINE void attend(const attention_args *a, long s, long kv_head, float *scratch
                         for (int j = from; j <= to; j++) v += p[j] * load_f32(values + j * 16);
                         memcpy(total + c, &v, sizeof v);
                     }
+                } else if (m + 1 < end && from == 0 && to == KEY_TILE - 1 &&
+                           low[m + 1] <= base) { /* rows see ever later keys: so the next one sees all of these */
+                    weigh_halves(p, value_tile, vw, vd, 0, KEY_TILE - 1, 2, total);
+                    m++;
                 } else {
-                    for (long c = 0; c < vw; c += 8) {
-                        const float *values = value_tile + c / 16 * 16 * KEY_TILE + c % 16;
-                        f32x8 v = load_half(total + c);
-                        for (int j = from; j <= to; j++) v += p[j] * load_half(values + j * 16);
-                        memcpy(total + c, &v, sizeof v);
-                    }
+                    weigh_halves(p, value_tile, vw, vd, from, to, 1, total);
                 }
             }
         }
