@@ -38,7 +38,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/flexpert demo $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TEST_FLAGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 10 $(TEST_FLAGS)
 
 test-fast: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(TEST_FLAGS)
