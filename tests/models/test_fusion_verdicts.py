@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -217,7 +218,7 @@ def test_attention_with_a_parameter_among_its_options_is_tried_once(trials: Tria
     known: FusionVerdicts = {}
     for _ in range(2):
         module = SinkAttention()
-        registrations.bind(module, object())
+        registrations.bind(module, SimpleNamespace(chunk=0))
         with torch.inference_mode():
             known = fuse_modules(module, kernels, known)
         fusion = known[""].fusion
@@ -232,7 +233,7 @@ def test_attention_with_a_tensor_made_anew_among_its_options_is_left_alone() -> 
     assert kernels
     module = SinkAttention()
     module.doubled = True
-    registrations.bind(module, object())
+    registrations.bind(module, SimpleNamespace(chunk=0))
     with torch.inference_mode():
         assert fuse_modules(module, kernels)[""].fusion is None
     assert not replaced(module)
