@@ -186,12 +186,12 @@ def test_a_model_proposes_tokens_through_a_leave_and_a_kill(tmp_path: Path) -> N
 
     def drawn(llm: LLM) -> list[list[int]]:
         ways = [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.0}]
-        params = [SamplingParams(max_tokens=12, ignore_eos=True, **way) for way in ways]
+        params = [SamplingParams(max_tokens=10, ignore_eos=True, **way) for way in ways]
         return [answer.token_ids for answer in llm.generate(PROMPTS, params)]
 
     with opened(str(path), "cpu", **few) as llm:
         expected = drawn(llm)
-    how = {"method": "mtp", "num_speculative_tokens": 3}
+    how = {"method": "mtp", "num_speculative_tokens": 2}
     with opened(str(path), "cuda", engine__speculate=how, **few) as llm:
         answers = Answers(llm, drawn)
         answers.wait_until_some_run()
