@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 import torch
-from rich.console import Console, RenderableType
+from support.rendered import shown
 from typer.testing import CliRunner
 
 from flexpert.bench.gpu.gpu_device import MeasuredGpu, gpu_of_rank, most_sharing
@@ -15,13 +15,6 @@ from flexpert.cli.main import app
 from flexpert.errors import ConfigError
 
 GPU = MeasuredGpu("H", "13.0", "2.11", "3.6", bytes_per_s=3e12, flops=8e14)
-
-
-def shown(text: RenderableType) -> str:
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(text)
-    return capture.get()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

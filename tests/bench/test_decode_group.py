@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rich.console import Console, RenderableType
+from support.rendered import shown
 from transformers import AutoConfig, DeepseekV3Config
 
 pytest.importorskip("triton", reason="what is measured needs the package triton")
@@ -41,13 +41,6 @@ SMALL = AutoConfig.for_model(
 )
 SEED = 3
 GPU = MeasuredGpu("H", "13.0", "2.11", "3.6", bytes_per_s=3e12, flops=8e14)
-
-
-def shown(text: RenderableType) -> str:
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(text)
-    return capture.get()
 
 
 def plan(ranks: int, *, quantise: bool = False) -> GroupPlan:
