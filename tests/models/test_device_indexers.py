@@ -54,8 +54,11 @@ def indexer_of(family: str) -> Any:
             nn.init.normal_(part.weight, std=0.3)
         elif hasattr(part, "weight"):
             nn.init.normal_(part.weight, mean=1.0, std=0.2)
-        if isinstance(part, nn.LayerNorm):
-            nn.init.normal_(part.bias, std=0.2)
+        for name, own in part.named_parameters(recurse=False):
+            if name == "bias":
+                nn.init.normal_(own, std=0.2)
+            elif name != "weight":
+                nn.init.normal_(own, mean=1.0, std=0.2)
     return module.eval()
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from support.fake_head import Behaviour
 from support.served_head import Running
 
 from flexpert.config import ServerConfig
@@ -61,15 +60,5 @@ def trusting_server(lenient_server: Running) -> Running:
 
 
 def _as_new(running: Running) -> Running:
-    def fresh() -> None:
-        head = running.head
-        head.behaviour = Behaviour()
-        head.submitted.clear()
-        head.cancelled.clear()
-        head.ranks = [0, 1]
-        head.serving = True
-        head.full = False
-        head.down = head.failure = None
-
-    running.call(fresh)
+    running.call(running.head.as_new)
     return running

@@ -313,6 +313,23 @@ class FakeHead:
         self.listeners = Listeners()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    def as_new(self) -> None:
+        """As after its construction, for the next test; who listens goes on."""
+        for task in self._tasks:
+            task.cancel()
+        self._tasks.clear()
+        self._operations.clear()
+        self._over.clear()
+        self._asked.clear()
+        self.listeners._kept.clear()
+        self.behaviour = Behaviour()
+        self.submitted.clear()
+        self.cancelled.clear()
+        self.ranks = [0, 1]
+        self.serving = True
+        self.full = False
+        self.down = self.failure = None
+
     def measured(self):
         return (family for one in self.registries for family in one.collect())
 
