@@ -101,6 +101,28 @@ def _hasten(interpreter: Any) -> None:
         else:
             vars(self).update(made)
 
+    make_tensor = tl.tensor.__init__
+    shapes: dict[str, tuple[Any, Any]] = {}  # by type; equal ones are one
+    by_sizes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        made = shapes.get(type.name)
+        if made is None:
+            make_tensor(self, handle, type)
+            sizes = tuple(size.value for size in self.shape)
+            made = shapes[type.name] = by_sizes.setdefault(sizes, (self.shape, self.numel))
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = made
+
+    semantic = type(interpreter.interpreter_semantic)
+    broadcast = semantic.broadcast_impl_value
+
+    def broadcast_impl_value(self: Any, left: Any, right: Any) -> tuple[Any, Any]:
+        if left.shape is right.shape:
+            return left, right
+        pair: tuple[Any, Any] = broadcast(self, left, right)
+        return pair
+
     def no_overflow(self: Any, left: Any, right: Any, operation: Any) -> None:
         kind = left.type.scalar
         if kind.int_bitwidth >= 64:
@@ -114,4 +136,6 @@ def _hasten(interpreter: Any) -> None:
     interpreter._patch_lang = lambda function: replaced_for_good()
     interpreter._get_np_dtype = get_np_dtype
     tl.block_type.__init__ = block_type
-    type(interpreter.interpreter_semantic).binary_op_sanitize_overflow_impl = no_overflow
+    tl.tensor.__init__ = tensor
+    semantic.broadcast_impl_value = broadcast_impl_value
+    semantic.binary_op_sanitize_overflow_impl = no_overflow
