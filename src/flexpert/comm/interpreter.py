@@ -129,9 +129,8 @@ def _hasten(interpreter: Any) -> None:
             return
         name = operation.__name__
         exact = getattr(operator, name)(left.handle.data.astype(np.int64), right.handle.data)
-        assert (
-            kind.get_int_min_value() <= exact.min() and exact.max() <= kind.get_int_max_value()
-        ), f"int{kind.int_bitwidth} overflow detected for operation {name}"
+        if exact.min() < kind.get_int_min_value() or exact.max() > kind.get_int_max_value():
+            raise OverflowError(f"int{kind.int_bitwidth} overflow detected for operation {name}")
 
     interpreter._patch_lang = lambda function: replaced_for_good()
     interpreter._get_np_dtype = get_np_dtype
