@@ -1,6 +1,6 @@
-"""For all tests: without a GPU, Triton's kernels run in its interpreter, and fork servers of heads in
-this process start warm; nixl_ep's interface takes tensors on the CPU, but where a test asks for the
-GPU; nobody kills many.
+"""For all tests: without a GPU, Triton's kernels run in its interpreter, and fork servers of heads
+in this process start warm; torch has one thread; nixl_ep's interface takes tensors on the CPU, but
+where a test asks for the GPU; nobody kills many.
 """
 
 import os
