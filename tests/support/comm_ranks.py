@@ -23,7 +23,7 @@ from flexpert.comm.routing import Sent
 LIMIT_S = 60.0  # of a test's own waits: far above what a busy machine needs
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["torch", "flexpert.comm.host.host_buffer", "comm_ranks"])
+context.set_forkserver_preload(["torch", "flexpert.comm.host.host_buffer", __name__])
 
 
 def spec_of(
