@@ -413,6 +413,25 @@ def test_a_prompt_goes_on_where_a_state_was_kept_of_one_like_it() -> None:
     assert cached(scheduler, model, "next turn", [*said, 5, 5, 5]) == 20  # of 21, the last is not
 
 
+@pytest.mark.parametrize("said", range(6, 14))
+def test_the_end_of_a_block_that_proposed_tokens_went_beyond_is_kept(said: int) -> None:
+    own = limits(state_slots=30, blocks=60)
+    by_model = SpeculativeSettings(method="mtp", num_speculative_tokens=3)
+    scheduler, model = Scheduler(own, speculative=by_model), FakeModel(own.block_size, 4)
+    prompt, steps = list(range(11)), 0
+    asked = sequence("a", prompt, max_tokens=said, ignore_eos=True)
+    scheduler.add(asked)
+    while scheduler.has_work:
+        plan = scheduler.plan()
+        sampled = model.step(plan)
+        scheduler.commit(plan, sampled, proposed=model.propose(plan, sampled))
+        steps += 1
+    assert steps < said
+    conversation = [*prompt, *answer(asked)]
+    found = cached(scheduler, model, "next turn", [*conversation, 5, 5, 5])
+    assert found == (len(conversation) - 1) // 4 * 4
+
+
 def test_a_state_is_kept_where_a_prompt_left_an_earlier_one() -> None:
     scheduler, model = with_states()
     shared = [1, 2, 3, 4, 5, 6, 7, 8]
@@ -807,7 +826,7 @@ class Life(RuleBasedStateMachine):
         how = speculative(proposed) if proposed > 0 else None
         if proposed in BY_MODEL:
             how = SpeculativeSettings(method="mtp", num_speculative_tokens=-proposed)
-        self.drafts = proposed in BY_MODEL and not states
+        self.drafts = proposed in BY_MODEL
         self.phases, self.commits = DraftPhases(), 0
         self.scheduler = Scheduler(own, speculative=how, phases=self.phases)
         self.model = FakeModel(own.block_size, 1 - proposed if self.drafts else 1)

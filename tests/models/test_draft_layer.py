@@ -36,7 +36,10 @@ def published(plain: Path, drafting: Path, layout: Layout, tokens: list[int]) ->
     projection, *norms = (tensors[f"{before}{name}.weight"] for name in PUBLISHED[layout])
 
     def normed(x: Tensor, weight: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + model.config.rms_norm_eps) * weight
+        norm = type(model.model.norm)(len(weight), eps=model.config.rms_norm_eps)
+        norm.weight.data = weight
+        result: Tensor = norm(x)
+        return result
 
     with torch.inference_mode():
         given = torch.tensor([tokens])
@@ -65,6 +68,8 @@ def published(plain: Path, drafting: Path, layout: Layout, tokens: list[int]) ->
         ("glm4_moe", "layers", {}),
         ("glm4_moe_lite", "layers", {"latent_cache": True}),
         ("deepseek_v32", "layers", {}),
+        ("qwen3_next", "mtp", {}),
+        ("qwen3_5_moe_text", "mtp", {}),
     ],
 )
 @pytest.mark.parametrize("recorded", [True, False])

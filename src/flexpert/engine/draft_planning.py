@@ -20,6 +20,7 @@ def plan_drafts(
     *,
     max_tokens: int,
     max_model_len: int,
+    most: int | None = None,
 ) -> list[list[int]] | None:
     """What is proposed for each sequence that decodes; None: nothing for any. On top of a step in
     flight the device knows what the model proposes: there are zeros in its place.
@@ -29,8 +30,11 @@ def plan_drafts(
     Args:
         rows: of the step without. max_tokens: its budget, with them.
         max_model_len: tokens of prompt and answer.
+        most: tokens that may be proposed; None: as many as `settings` and `max_tokens` leave.
     """
     room = min(settings.max_rows, max_tokens) - rows
+    if most is not None:
+        room = min(room, most)
     if room <= 0:
         return None
     able = [
@@ -43,8 +47,8 @@ def plan_drafts(
     for likely, index in sorted(able, key=lambda one: -one[0]):
         state = now.decoding[index]
         unseen = 0 if now.sources is None else 1 + int(now.shifts[index])
-        most = min(left, state.room(max_model_len) - unseen - 1)
-        draft = drafts[index] = _draft(now, index, most)
+        fit = min(left, state.room(max_model_len) - unseen - 1)
+        draft = drafts[index] = _draft(now, index, fit)
         hoped += sum(likely**place for place in range(1, len(draft) + 1))
         left -= len(draft)
         if left == 0:

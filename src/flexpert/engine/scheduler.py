@@ -41,10 +41,11 @@ where a state was kept is a prefix found.
 Tokens that are proposed for a sequence (`speculation`) are further rows of it, planned behind all
 else that the step has: they take what is left of its budget, and blocks that nobody may need in the
 next one. commit() appends what was sampled as far as what was proposed came true; the rows behind
-are positions not yet counted as computed, and their blocks go back. Where layers keep a state,
-which cannot be taken back, nothing is proposed. What the model itself proposes the device knows, so
-that the next step is planned on top of one with proposed tokens as well: for the least that may
-come true of them, with blocks for the most. The device adds the difference.
+are positions not yet counted as computed, and their blocks go back. Where layers keep a state each
+of the rows has a slot of its own, and that of the last one which counts is the sequence's. What the
+model itself proposes the device knows, so that the next step is planned on top of one with proposed
+tokens as well, where no layer keeps a state: for the least that may come true of them, with blocks
+for the most. The device adds the difference.
 
 A step may have been whole but computed without some experts. The keys and values of its sequences
 are tainted then: nobody else may find them, nor those that follow, until they are computed again.
@@ -106,7 +107,7 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self._clock = clock
-        self._speculative = None if limits.state_slots else speculative
+        self._speculative = speculative
         self._by_model = self._speculative is not None and self._speculative.method == "mtp"
         self._phases = phases
         self._waited = False  # for a token, behind which something might be proposed
@@ -419,6 +420,8 @@ class Scheduler:
             return False
         if self._speculative is None:
             return True
+        if self._slots is not None and first.drafts is not None:
+            return False  # the host knows which of its states counts when the step is whole
         if self._by_model:  # from `min_tokens` on they may be others, wherever that is
             return first.drafts is None or not any(s.must_go_on for s in first.decoding)
         few = len(first.sampled) < self._speculative.max_rows
@@ -475,6 +478,7 @@ class Scheduler:
                 self._speculative,
                 max_tokens=self.limits.max_tokens_per_step,
                 max_model_len=self.limits.max_model_len,
+                most=self._slots.free - len(now.rows) - len(chunks) if self._slots else None,
             )
         if self._speculative is not None and self._by_model:
             asks = plan_questions(
@@ -502,7 +506,7 @@ class Scheduler:
             extra=extra,
             admitted=admitted,
             chunks=chunks,
-            states=self._plan_states(now, chunks),
+            states=self._plan_states(now, drafts, chunks),
             used=used,
             at_s=self._clock(),
         )
@@ -602,12 +606,17 @@ class Scheduler:
             chunks.append(room.chunk(BegunPrompt(state, row, start, len(blocks), slot)))
         return admitted
 
-    def _plan_states(self, now: Outlook, chunks: list[PromptChunk]) -> StateStep | None:
+    def _plan_states(
+        self, now: Outlook, drafts: list[list[int]] | None, chunks: list[PromptChunk]
+    ) -> StateStep | None:
         if self._slots is None:
             return None
+        counts = [1 + len(draft) for draft in drafts] if drafts else [1] * len(now.decoding)
         parts = [
-            StatePart(s.state, slot, at, at + 1)
-            for s, slot, at in zip(now.decoding, now.slots, now.positions.tolist(), strict=True)
+            StatePart(s.state, slot, at, at + count, each=True)
+            for s, slot, at, count in zip(
+                now.decoding, now.slots, now.positions.tolist(), counts, strict=True
+            )
         ]
         for chunk in chunks:
             keep = self._kept_in(chunk)
@@ -657,10 +666,9 @@ class Scheduler:
         runs = None if plan.drafts is None else plan.runs(sampled.tokens, failed)
         if degraded is not None:
             self._taint(plan, degraded, runs)
-        if self._slots is not None and plan.state_step is not None:
-            sequences = [*plan.decoding, *(state for state, _ in plan.chunks)]
-            self._slots.commit(plan.state_step, [state.tainted for state in sequences])
-        for state, end in plan.chunks:
+        for index, (state, end) in enumerate(plan.chunks, plan.decodes):
+            if self._slots is not None and plan.state_step is not None:
+                self._slots.commit(plan.state_step, index, end, hidden=state.tainted)
             start, state.computed = state.computed, end
             self._publish(state, start)
         events = self._append(plan, sampled, runs)
@@ -733,12 +741,12 @@ class Scheduler:
     ) -> list[TokenEvent]:
         """runs: see `StepPlan.runs`; None: one sample for each sequence."""
         events = []
-        limit, size = self.limits.max_model_len, self.limits.block_size
+        limit = self.limits.max_model_len
         for index, state in enumerate(plan.sampled):
             first, count = (index, 1) if runs is None else (runs[index].start, len(runs[index]))
             if state.aborted:
                 if index < plan.decodes:
-                    self._decoded(state, 1, size)
+                    self._decoded(plan, index, 1)
                 continue
             position, finish = state.position, None
             for said, token in enumerate(sampled.tokens[first : first + count], 1):
@@ -748,7 +756,7 @@ class Scheduler:
                     count = said  # what was sampled behind the end is nobody's
                     break
             if index < plan.decodes:
-                self._decoded(state, count, size)
+                self._decoded(plan, index, count)
                 if state.speculation is not None:
                     draft = plan.drafts[index] if plan.drafts else ()
                     self._judge(state, state.speculation, draft, count - 1)
@@ -773,15 +781,22 @@ class Scheduler:
         self._advance(plan, events)
         return events
 
-    def _decoded(self, state: ScheduledSequence, count: int, size: int) -> None:
-        """Keys and values of so many further tokens are there; blocks of size `size` that were
-        taken for more go back."""
+    def _decoded(self, plan: StepPlan, index: int, count: int) -> None:
+        """Keys and values, and the state, of so many further tokens of a sequence are there; blocks
+        that were taken for more go back."""
+        state, size = plan.decoding[index], self.limits.block_size
+        before = state.computed
         state.computed += count
-        behind = state.computed % size
-        if behind < count:
-            self._publish(state, state.computed - count)
-            if self._slots is not None and not state.tainted and self.limits.prefix_cache:
-                self._slots.keep_latest(state.state, state.digests[state.computed // size - 1])
+        full = state.computed // size
+        latest = None
+        if full * size > before:
+            self._publish(state, before)
+            if self.limits.prefix_cache and not state.tainted:
+                latest = full * size, state.digests[full - 1]
+        if self._slots is not None and plan.state_step is not None:
+            self._slots.commit(
+                plan.state_step, index, state.computed, hidden=state.tainted, latest=latest
+            )
         if not self._plans:  # else the next step may need them
             self._give_back(state)
 

@@ -598,7 +598,7 @@ class ModelRunner:
         slots, rows, starts = batch.state_slots, batch.state_rows, batch.state_starts
         if slots is None and batch.states is not None:  # the device is the host
             slots = decode_slots(batch.states)
-            if batch.states.decodes < len(batch.states):
+            if not batch.states.apart:
                 rows, starts = rows_and_starts(batch.states)
         if rows is not None:
             return StateRows(rows[1], rows[2], rows[0], starts)

@@ -296,8 +296,8 @@ class StepGraphs:
             tokens, samples = batch.token_ids.shape[0], batch.sample_rows.shape[0]
             sequences, width = batch.block_tables.shape
             decodes = tokens == sequences == samples
-            if batch.states is not None and batch.states.decodes < sequences:
-                return None  # some begin, or have a state of several rows
+            if batch.states is not None and not batch.states.apart:
+                return None  # some begin, or have several rows
         if width > self._max_blocks:
             return None
         for captured in self._captured:
