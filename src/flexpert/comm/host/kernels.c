@@ -1627,7 +1627,7 @@ static int answer_merged(fx_buffer *b) {
         if (!b->come[b->siblings[i]]) return 0;
     b->merging = 0;
     for (int i = 0; i < b->sibling_count; i++)
-        if (flag_from(b, b->siblings[i], b->combine_flag_at)->mode != 0) return 0;
+        if (flag_from(b, b->siblings[i], b->combine_flag_at)->mode & ~FX_LENT) return 0;
     for (int i = 0; i < b->active_count; i++) {
         int to = b->active[i];
         if (b->via_in[to] == b->rank && b->from_merged[to] >= 0) send_merged_results(b, to);
