@@ -45,7 +45,8 @@ def give_back() -> None:
 
 def unchanged(smaps: str) -> list[tuple[int, int]]:
     """Begin and bytes of the parts of libraries that cannot be written here and never were: nothing
-    is lost with their pages. A library is a file of which code is mapped.
+    is lost with their pages (UCX writes its hooks into libc's code). A library is a file of which
+    code is mapped.
 
     smaps: what is mapped, as proc(5) says it.
     """

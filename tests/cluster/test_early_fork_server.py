@@ -53,7 +53,7 @@ def only_fork_server() -> psutil.Process:
 
 
 @pytest.fixture(autouse=True)
-def _none_is_left() -> Iterator[None]:
+def _none_is_left(cold: None) -> Iterator[None]:
     OTHERS[:] = []
     OTHERS[:] = fork_servers(os.getpid())
     yield

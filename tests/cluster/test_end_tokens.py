@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from support.warm import warm_library
 from transformers import AutoTokenizer
 
 from flexpert import LLM, SamplingParams
@@ -94,7 +93,7 @@ def test_answers_stop_at_the_end_of_the_turn_that_only_the_template_names(
     params = SamplingParams(temperature=0, max_tokens=200)
     answers = []
     for model in ("tiny", str(path)):
-        with warm_library(), LLM(model, ranks=1) as llm:
+        with LLM(model, ranks=1) as llm:
             answers.append(llm.chat(asked, params)[0].outputs[0])
     whole, found = answers
     assert whole.finish_reason == found.finish_reason == "stop"

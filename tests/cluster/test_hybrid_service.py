@@ -1,4 +1,5 @@
-"""Models whose layers keep a state of each sequence: no change and no loss alters an answer.
+"""Models whose layers keep a state of each sequence: no change and no loss alters an answer, nor do
+tokens that the model's own layer proposes.
 
 What is expected is what an undisturbed rank answers; that these are transformers' own tokens is
 shown by tests/models/test_every_family.py.
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import make_checkpoint, prompt_of
+from support.draft_checkpoints import with_draft_layer
 from support.service import Answer, Service, active, answer, answer_all, change, running, until
 
 from flexpert.cluster.head import Head
@@ -32,7 +34,7 @@ Work = list[tuple[list[int], SamplingParams]]
 
 
 def requests(count: int, tokens: int) -> Work:
-    """Greedy and drawn, some with a prefix in common."""
+    """Greedy and drawn, some with a prefix in common, some that may say few things."""
     shared = prompt_of(70, seed=99)
     return [
         (
@@ -42,6 +44,7 @@ def requests(count: int, tokens: int) -> Work:
                 temperature=0.0 if number % 2 else 0.8,
                 seed=number,
                 ignore_eos=True,
+                allowed_token_ids=(30, 31) if number % 4 == 1 else None,
             ),
         )
         for number in range(count)
@@ -54,9 +57,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(model: Path) -> Iterator[Service]:
+def service(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    proposing = with_draft_layer(model, tmp_path_factory.mktemp("proposing"), "mtp")
     with running(
-        model__model=str(model), cluster__ranks=3, engine__kv_memory="4MiB", **SETTINGS
+        model__model=str(proposing),
+        cluster__ranks=3,
+        engine__kv_memory="4MiB",
+        engine__speculate="mtp",
+        **SETTINGS,
     ) as service:
         yield service
 
@@ -101,6 +109,8 @@ def test_three_ranks_and_a_batch_give_the_answers_of_one_rank_and_none(
     service: Service, expected: list[Answer]
 ) -> None:
     assert service.run(answer_all(service.head, WORK, clients=12)) == expected
+    accepted = "flexpert_accepted_draft_tokens_total"
+    assert service.head.registry.get_sample_value(accepted) > 10
 
 
 def test_leavers_sequences_go_on_with_their_states(
@@ -135,6 +145,7 @@ def test_preempted_sequences_are_computed_again(model: Path, expected: list[Answ
     blocks = 40 * 16 * info.kv_bytes_per_token()  # of 12 sequences with 6 to 14 blocks each
 
     async def scenario(head: Head) -> None:
+        # without proposals
         assert await answer_all(head, WORK, clients=12) == expected
         assert head.registry.get_sample_value("flexpert_preemptions_total") > 0
 

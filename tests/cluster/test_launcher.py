@@ -28,6 +28,8 @@ from flexpert.forking.fork_server import (
     encode,
 )
 
+pytestmark = pytest.mark.usefixtures("cold")
+
 BUSY = "print(flush=True)\nwhile True: pass"
 HOLDS_THE_LOCK = """
 import ctypes, threading, time

@@ -67,11 +67,13 @@ def test_states_of_sequences_are_planned_and_gpus_do_not_fix_their_order(tmp_pat
     assert "3 layers keep one of each sequence" in shown(many)
     refused = check_model(settings(path, engine={"device": "cuda", "deterministic": True}))
     assert "--device cpu" in str(refused.reason)
-    proposing = check_model(settings(path, engine={"speculate": "ngram"}))
-    assert "leave --speculate out" in str(proposing.reason)
     drafting = with_draft_layer(path, tmp_path / "drafting", "mtp")
-    own = check_model(settings(drafting, engine={"speculate": "mtp"}))
-    assert "leave --speculate out" in str(own.reason)
+    engine = {"max_running": 14, "max_tokens_per_step": 64, "speculate": "mtp"}
+    proposing = check_model(settings(drafting, engine=engine))
+    assert proposing.served
+    assert proposing.family is not None
+    assert (proposing.family.layers, proposing.family.stateful_layers) == (5, 3)
+    assert proposing.ranks[0].host.kv - many.ranks[0].host.kv == 14 * state
 
 
 def test_a_layer_that_proposes_tokens_is_told_of_and_planned(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from flexpert.engine.faults import POINTS, VARIABLE, Fault, Point
 
 pytestmark = pytest.mark.slow
 
-CLIENTS = 6
+CLIENTS = 4
 WORK = requests(12, tokens=30)
 
 Who = Literal["member", "leaver", "newcomer", "other"]
@@ -223,6 +223,8 @@ def test_a_rank_that_ends_at_any_point_costs_no_answer(
             await until(lambda: active(head) == desired)
             assert set(head.cluster().desired) == desired
             assert head.cluster().down is None
+            if case.change:
+                return  # that another can be made, the next case shows
             further = await change(head, add=1, remove=[min(desired)])
             assert further.state == "done", further
             assert active(head) == set(further.target)

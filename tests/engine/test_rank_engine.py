@@ -6,11 +6,14 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from support.checkpoints import make_checkpoint
 from support.draft_checkpoints import with_draft_layer
+from support.draft_turns import in_turns
 
 from flexpert.comm import Buffer, RankTimeout, make_buffer
 from flexpert.comm.host.host_buffer import HostBuffer
@@ -21,6 +24,7 @@ from flexpert.engine.device_sampler import DeviceSampler
 from flexpert.engine.memory_plan import buffer_spec
 from flexpert.engine.rank_engine import VOTE, RankEngine
 from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, SamplingParams
+from flexpert.engine.step_costs import DraftPhases
 from flexpert.engine.step_plan import StepPlan
 from flexpert.models.source import ModelSource, locate
 from flexpert.moe.placement import replan
@@ -242,8 +246,11 @@ def test_the_first_step_with_a_suspect_is_told(source: ModelSource) -> None:
         told.wait_for("finished", 0)
 
 
-def many() -> list[RequestSequence]:
-    """More than run at once; some end by a token, some are sampled, some need one at a time."""
+def many(longer: int = 11) -> list[RequestSequence]:
+    """More than run at once; some end by a token, some are sampled, some need one at a time.
+
+    longer: by so many tokens is each prompt longer than the one before it.
+    """
     ways: list[dict[str, Any]] = [
         {"max_tokens": 1},
         {"max_tokens": 12},
@@ -264,7 +271,7 @@ def many() -> list[RequestSequence]:
     sequences = []
     for number, way in enumerate(ways):
         params = SamplingParams(**{"temperature": 0, "seed": 0} | way)
-        prompt = [(7 * number + 3 * at) % 400 for at in range(5 + 11 * number)]
+        prompt = [(7 * number + 3 * at) % 400 for at in range(5 + longer * number)]
         sequences.append(
             RequestSequence(id=str(number), prompt=prompt, generated=[], params=params, eos=())
         )
@@ -274,18 +281,23 @@ def many() -> list[RequestSequence]:
 def answers(
     source: ModelSource,
     *,
+    longer: int = 11,
     looks_ahead: bool = False,
     broken: int | None = None,
     speculate: SpeculativeSettings | None = None,
+    phases: tuple[int, int] | None = None,
 ) -> tuple[dict[str, list[int]], int]:
-    """Of `many`, and how many steps were launched on top of another, or how many proposed tokens
-    came true.
+    """Of `many(longer)`, and how many steps were launched on top of another, or how many proposed
+    tokens came true.
 
     broken: which step turns out not to be whole; an epoch later it is computed again.
+    phases: for so many steps tokens are proposed, then for so many none; None: by what they take.
     """
     told, launched, checks = Told(), 0, 0
     config = CONFIG.model_copy(update={"deterministic": True, "speculate": speculate})
     with pytest.MonkeyPatch.context() as patch:
+        if phases is not None:
+            patch.setattr(DraftPhases, "passed", in_turns(*phases))
         if looks_ahead:
             patch.setattr(CpuProfile, "looks_ahead", True)
             patch.setattr(
@@ -313,8 +325,8 @@ def answers(
         running.start()
         try:
             alone(source, engine, told)
-            engine.submit(msg.Admit(many()))
-            unfinished = len(many())
+            engine.submit(msg.Admit(many(longer)))
+            unfinished = len(many(longer))
             while unfinished:
                 what, epoch = told.next()
                 unfinished -= what == "finished"
@@ -357,15 +369,28 @@ def drafting(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 
 
 @pytest.mark.parametrize(
-    ("broken", "proposed"), [(None, 1), (3, 1), (4, 1), (None, 4), (21, 4), (22, 4), (40, 4)]
+    ("broken", "proposed", "phases"),
+    [
+        (None, 1, (99, 0)),
+        (3, 1, (6, 3)),
+        (4, 1, (2, 1)),
+        (None, 4, (5, 2)),
+        (21, 4, (99, 0)),
+        (22, 4, (99, 0)),
+        (40, 4, (6, 3)),
+    ],
 )
 def test_a_rank_whose_model_proposes_tokens_answers_as_one_that_does_not(
-    source: ModelSource, drafting: ModelSource, broken: int | None, proposed: int
+    source: ModelSource,
+    drafting: ModelSource,
+    broken: int | None,
+    proposed: int,
+    phases: tuple[int, int],
 ) -> None:
     """Of a step either the model's part is broken, or that of the layer that proposes."""
     expected, _ = answers(source)
     how = SpeculativeSettings(method="mtp", num_speculative_tokens=proposed)
-    found, accepted = answers(drafting, speculate=how, broken=broken)
+    found, accepted = answers(drafting, speculate=how, broken=broken, phases=phases)
     assert found == expected
     assert accepted > 10
 
@@ -379,5 +404,34 @@ def test_a_rank_that_speculates_answers_as_one_that_does_not(
     eager = SpeculativeSettings(prompt_lookup_min=1, num_speculative_tokens=5, max_rows=32)
     expected, _ = answers(source)
     found, accepted = answers(source, speculate=eager, broken=broken, looks_ahead=looks_ahead)
+    assert found == expected
+    assert accepted > 10
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+    """A checkpoint of which a layer keeps a state and another one proposes tokens, and what is
+    answered without these."""
+    kinds = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+    plain = make_checkpoint("qwen3_next", tmp_path_factory.mktemp("plain"), vocab_size=400, **kinds)
+    expected, _ = answers(ModelSource.open(str(plain)), longer=2)
+    return with_draft_layer(plain, tmp_path_factory.mktemp("hybrid"), "mtp"), expected
+
+
+@pytest.mark.parametrize(
+    ("how", "broken"),
+    [
+        (SpeculativeSettings(prompt_lookup_min=1, num_speculative_tokens=5, max_rows=32), 9),
+        (SpeculativeSettings(method="mtp", num_speculative_tokens=3), 14),
+    ],
+    ids=["ngram", "mtp"],
+)
+def test_states_are_those_behind_the_last_token_that_came_true(
+    hybrid: tuple[Path, dict[str, list[int]]], how: SpeculativeSettings, broken: int
+) -> None:
+    path, expected = hybrid
+    own = ModelSource.open(str(path), drafts=how.method == "mtp")
+    ahead = how.method == "ngram"
+    found, accepted = answers(own, longer=2, speculate=how, broken=broken, looks_ahead=ahead)
     assert found == expected
     assert accepted > 10

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from support.fake_head import FakeHead
-from support.warm import warm_library
 
 from flexpert import LLM, SamplingParams
 from flexpert.errors import RequestError
@@ -83,10 +82,10 @@ def test_texts_are_refused_over_http(kind: Kind, body: dict[str, Any], param: st
 
 @pytest.mark.slow
 def test_a_model_is_served_whose_tokenizer_is_not_read() -> None:
-    with warm_library(), LLM("tiny", model__skip_tokenizer_init=True, deterministic=True) as llm:
+    with LLM("tiny", model__skip_tokenizer_init=True, deterministic=True) as llm:
         params = SamplingParams(max_tokens=8, temperature=0)
         (without,) = llm.generate([[5, 6, 7]], params)
-    with warm_library(), LLM("tiny", deterministic=True) as llm:
+    with LLM("tiny", deterministic=True) as llm:
         (one,) = llm.generate([[5, 6, 7]], params)
     assert (without.token_ids, without.text) == (one.token_ids, "")
     assert one.text

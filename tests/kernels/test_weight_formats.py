@@ -200,6 +200,7 @@ def test_a_product_has_the_bits_of_the_dequantized_one(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("instruction_set", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_lesser_instruction_sets_compute_the_same_products(instruction_set: str) -> None:
     order = ["portable", "avx2", "avx512", "avx512_bf16", "amx"]

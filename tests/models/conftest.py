@@ -24,9 +24,3 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
         return made[family, dtype]
 
     return get
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """As ranks on a shared machine run, and what --deterministic requires."""
-    torch.set_num_threads(1)

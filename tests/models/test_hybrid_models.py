@@ -76,6 +76,28 @@ def test_chunks_and_decodes_give_the_logits_of_transformers(
 
 
 @pytest.mark.parametrize("family", USUAL)
+def test_proposed_tokens_of_several_sequences_give_the_logits_of_one_after_the_other(
+    family: str, checkpoint: Checkpoints
+) -> None:
+    sequences = single_runner(checkpoint(family))
+    prompts = {name: prompt_of(count, seed=count) for name, count in (("a", 9), ("b", 5), ("c", 7))}
+    further = {"a": [3, 1, 4], "b": [1], "c": [5, 9]}
+    sequences.step(prompts)
+    expected = {
+        name: torch.cat([sequences.step({name: [token]})[name] for token in (*tokens, 2)])
+        for name, tokens in further.items()
+    }
+    for name in prompts:
+        sequences.drop(name)
+    sequences.step(prompts)
+    found = sequences.step(further, each=True)
+    then = sequences.step({name: [2] for name in prompts})
+    for name, logits in expected.items():
+        ours = torch.cat([found[name], then[name]])
+        torch.testing.assert_close(ours, logits, atol=5e-4, rtol=5e-4)
+
+
+@pytest.mark.parametrize("family", USUAL)
 def test_in_deterministic_mode_a_tokens_bits_do_not_depend_on_chunks_or_batch(
     family: str, checkpoint: Checkpoints
 ) -> None:
@@ -140,6 +162,10 @@ def test_runs_of_one_sequence_are_one_sequence_for_kernels() -> None:
         [5, 6, -1, -1, -1, 7, -1, 8],
     ]
     assert starts.tolist() == [0, 1, 2, 8]
+    # two rows of one that decodes, beside another one
+    rows, starts = rows_and_starts(StateRuns([0, 1, 2, 3], [3, 5, 4], [5, 6, 7], 3))
+    assert rows.tolist() == [[0, 0, 2], [3, 3, 4], [5, 6, 7]]
+    assert starts.tolist() == [0, 2, 3]
 
 
 def test_on_a_gpu_states_are_planned_for_and_deterministic_is_refused(

@@ -8,6 +8,7 @@ exchange.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -271,14 +272,19 @@ class Sequences:
     def _decodes(self, name: object, new: Sequence[int]) -> bool:
         return len(new) == 1 and name in self._slots
 
-    def step(self, work: dict[Any, Sequence[int]]) -> dict[Any, Tensor]:
-        """Append tokens to sequences, all in one packed pass; name → [tokens, vocab] logits."""
+    def step(self, work: dict[Any, Sequence[int]], *, each: bool = False) -> dict[Any, Tensor]:
+        """Append tokens to sequences, all in one packed pass; name → [tokens, vocab] logits.
+
+        each: they decode, and of models that keep states there is one behind every token, as
+        behind those that are proposed.
+        """
         runs = None
         if self.runner.kv.states:
             work = dict(sorted(work.items(), key=lambda one: not self._decodes(*one)))
             decodes = sum(self._decodes(*one) for one in work.items())
             sources = [self._slots.get(name, NO_STATE) for name in work]
             targets = [self._free_slots.pop() for _ in work]
+            between = [self._free_slots.pop() for new in work.values() for _ in new[1:] if each]
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -298,6 +304,9 @@ class Sequences:
             contexts.append(length + len(new))
         if self.runner.kv.states:
             runs = StateRuns(starts, sources, targets, decodes)
+            if each:
+                runs = _run_for_each_row(runs, between)
+                self._free_slots += between
             self._slots.update(zip(work, targets, strict=True))
             self._free_slots += [slot for slot in sources if slot != NO_STATE]
         width = max(len(self._tables[name]) for name in work)
@@ -317,6 +326,18 @@ class Sequences:
         )
         logits = self.runner.forward(self.batch)
         return {name: logits[starts[i] : starts[i + 1]] for i, name in enumerate(work)}
+
+
+def _run_for_each_row(runs: StateRuns, between: Sequence[int]) -> StateRuns:
+    """between: slots for the states behind all rows but the last one of each run."""
+    sources, targets, others = list[int](), list[int](), iter(between)
+    counts = [end - begin for begin, end in itertools.pairwise(runs.begins)]
+    for count, source, target in zip(counts, runs.sources, runs.targets, strict=True):
+        behind = [*(next(others) for _ in range(count - 1)), target]
+        sources += [source, *behind[:-1]]
+        targets += behind
+    rows = len(targets)
+    return StateRuns(range(rows + 1), sources, targets, rows)
 
 
 def single_runner(

@@ -111,23 +111,11 @@ class WarmForkServer:
         return start_fork_server(config, start=_fork_server)  # type: ignore[arg-type]
 
 
-class _EarlyWarm(WarmForkServer):
-    """As `LLM` has an `EarlyForkServer`."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-
-    def __enter__(self) -> _EarlyWarm:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass  # nobody began it: it is made when it is taken
-
-
 @contextlib.contextmanager
-def warm_library() -> Iterator[None]:
-    """While it is entered, each `LLM` that is made has a warm fork server."""
-    with mock.patch("flexpert.llm.EarlyForkServer", _EarlyWarm):
+def warm_fork_servers(warm: bool = True) -> Iterator[None]:
+    """While it is entered, heads of this process get warm fork servers, or cold ones."""
+    start = _fork_server if warm else fork_server.start_server
+    with mock.patch.dict(start_fork_server.__kwdefaults__ or {}, start=start):
         yield
 
 

@@ -88,13 +88,12 @@ def state_slots(info: ModelInfo, config: EngineConfig) -> int:
             f"layers of {info.model_type} keep a state of each sequence, which with "
             "--deterministic flexpert computes on CPUs only; serve it with --device cpu"
         )
-    if config.speculate is not None:
-        raise FlexpertError(
-            f"layers of {info.model_type} keep a state of each sequence, which cannot take back a "
-            "token that was proposed in vain; leave --speculate out"
-        )
     each = SLOTS_PER_SEQUENCE + (SLOTS_AHEAD if config.device != "cpu" else 0)
-    return each * min(config.max_running, config.max_tokens_per_step)
+    running = min(config.max_running, config.max_tokens_per_step)
+    proposed = 0  # rows of tokens that are proposed, each with a state behind it
+    if (how := config.speculate) is not None:
+        proposed = min(how.max_rows, running * how.num_speculative_tokens)
+    return each * running + proposed
 
 
 def most_samples(config: EngineConfig) -> int:

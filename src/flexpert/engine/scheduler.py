@@ -41,10 +41,11 @@ where a state was kept is a prefix found.
 Tokens that are proposed for a sequence (`speculation`) are further rows of it, planned behind all
 else that the step has: they take what is left of its budget, and blocks that nobody may need in the
 next one. commit() appends what was sampled as far as what was proposed came true; the rows behind
-are positions not yet counted as computed, and their blocks go back. Where layers keep a state,
-which cannot be taken back, nothing is proposed. What the model itself proposes the device knows, so
-that the next step is planned on top of one with proposed tokens as well: for the least that may
-come true of them, with blocks for the most. The device adds the difference.
+are positions not yet counted as computed, and their blocks go back. Where layers keep a state each
+of the rows has a slot of its own, and that of the last one which counts is the sequence's. What the
+model itself proposes the device knows, so that the next step is planned on top of one with proposed
+tokens as well, where no layer keeps a state: for the least that may come true of them, with blocks
+for the most. The device adds the difference.
 
 A step may have been whole but computed without some experts. The keys and values of its sequences
 are tainted then: nobody else may find them, nor those that follow, until they are computed again.
@@ -77,7 +78,7 @@ from flexpert.engine.scheduled_sequence import ScheduledSequence
 from flexpert.engine.sequence import Sampled
 from flexpert.engine.speculation import AT_FIRST, SequenceSpeculation
 from flexpert.engine.state_slots import StatePart, StateSlots, StateStep
-from flexpert.engine.step_costs import StepCosts
+from flexpert.engine.step_costs import DraftPhases
 from flexpert.engine.step_layout import lay_out
 from flexpert.engine.step_outlook import BegunPrompt, Outlook, PromptChunk, StepRoom, outlook_after
 from flexpert.engine.step_plan import AdmittedPrompt, StepPlan
@@ -94,7 +95,7 @@ class Scheduler:
     running, waiting: how many. preemptions, prompt_tokens, cached_tokens: since the start; how
     often a sequence lost its blocks, tokens of all admitted prompts, and those found in the cache.
     clock: seconds; nothing is decided by it. speculative: how tokens are proposed; None: none are.
-    costs: of steps, by which it is decided whether that pays; None: they are those of a CPU.
+    phases: whether they are at present; None: they are, always.
     """
 
     def __init__(
@@ -102,13 +103,14 @@ class Scheduler:
         limits: EngineLimits,
         clock: Callable[[], float] = time.monotonic,
         speculative: SpeculativeSettings | None = None,
-        costs: StepCosts | None = None,
+        phases: DraftPhases | None = None,
     ) -> None:
         self.limits = limits
         self._clock = clock
-        self._speculative = None if limits.state_slots else speculative
+        self._speculative = speculative
         self._by_model = self._speculative is not None and self._speculative.method == "mtp"
-        self._costs = costs
+        self._phases = phases
+        self._waited = False  # for a token, behind which something might be proposed
         self._likely = AT_FIRST  # how often tokens that the model proposed came true, lately
         self._drafted: DraftCounts | None = None
         self.pool = BlockPool(limits.blocks, limits.block_size, limits.prefix_cache)
@@ -418,16 +420,25 @@ class Scheduler:
             return False
         if self._speculative is None:
             return True
+        if self._slots is not None and first.drafts is not None:
+            return False  # the host knows which of its states counts when the step is whole
         if self._by_model:  # from `min_tokens` on they may be others, wherever that is
             return first.drafts is None or not any(s.must_go_on for s in first.decoding)
         few = len(first.sampled) < self._speculative.max_rows
-        return first.drafts is None and not (
+        self._waited = (
             few
+            and self._proposes
             and any(
                 s.speculation is not None and s.speculation.expects(s.tokens)
                 for s in first.decoding
             )
         )
+        return first.drafts is None and not self._waited
+
+    @property
+    def _proposes(self) -> bool:
+        """Whether tokens are proposed in the steps that are planned now."""
+        return self._speculative is not None and (self._phases is None or self._phases.on)
 
     def plan(self) -> StepPlan:
         """The next step's work; empty if and only if there is none (`has_work`).
@@ -459,16 +470,15 @@ class Scheduler:
                 chunks.append(chunk)
         admitted = self._admit(room, chunks, now)
         drafts, asks, extra = None, list[int](), list[tuple[ScheduledSequence, int]]()
-        ahead = now.sources is not None
-        due = self._costs is None or self._costs.due(len(now.rows), ahead=ahead)
-        if self._speculative is not None and due and (self._by_model or not ahead):
+        on, ahead = self._proposes, now.sources is not None
+        if self._speculative is not None and on and (self._by_model or not ahead):
             drafts = plan_drafts(
                 now,
                 len(now.rows) + sum(chunk.end - chunk.start for chunk in chunks),
                 self._speculative,
                 max_tokens=self.limits.max_tokens_per_step,
                 max_model_len=self.limits.max_model_len,
-                costs=self._costs,
+                most=self._slots.free - len(now.rows) - len(chunks) if self._slots else None,
             )
         if self._speculative is not None and self._by_model:
             asks = plan_questions(
@@ -477,7 +487,7 @@ class Scheduler:
                 self._speculative,
                 max_model_len=self.limits.max_model_len,
                 block_size=self.limits.block_size,
-                due=due,
+                on=on,
             )
         if drafts is not None or asks:
             extra = self._take_blocks(now, drafts, asks, now.running + len(admitted), blocks)
@@ -489,15 +499,18 @@ class Scheduler:
             blocks=blocks,
             drafts=drafts,
             asks=asks,
+            on=on,
+            speculates=on and (self._by_model or drafts is not None or self._waited),
             width=self._tokens_left,
             grown=grown,
             extra=extra,
             admitted=admitted,
             chunks=chunks,
-            states=self._plan_states(now, chunks),
+            states=self._plan_states(now, drafts, chunks),
             used=used,
             at_s=self._clock(),
         )
+        self._waited = False
         self._plans.append(plan)
         return plan
 
@@ -593,12 +606,17 @@ class Scheduler:
             chunks.append(room.chunk(BegunPrompt(state, row, start, len(blocks), slot)))
         return admitted
 
-    def _plan_states(self, now: Outlook, chunks: list[PromptChunk]) -> StateStep | None:
+    def _plan_states(
+        self, now: Outlook, drafts: list[list[int]] | None, chunks: list[PromptChunk]
+    ) -> StateStep | None:
         if self._slots is None:
             return None
+        counts = [1 + len(draft) for draft in drafts] if drafts else [1] * len(now.decoding)
         parts = [
-            StatePart(s.state, slot, at, at + 1)
-            for s, slot, at in zip(now.decoding, now.slots, now.positions.tolist(), strict=True)
+            StatePart(s.state, slot, at, at + count, each=True)
+            for s, slot, at, count in zip(
+                now.decoding, now.slots, now.positions.tolist(), counts, strict=True
+            )
         ]
         for chunk in chunks:
             keep = self._kept_in(chunk)
@@ -648,10 +666,9 @@ class Scheduler:
         runs = None if plan.drafts is None else plan.runs(sampled.tokens, failed)
         if degraded is not None:
             self._taint(plan, degraded, runs)
-        if self._slots is not None and plan.state_step is not None:
-            sequences = [*plan.decoding, *(state for state, _ in plan.chunks)]
-            self._slots.commit(plan.state_step, [state.tainted for state in sequences])
-        for state, end in plan.chunks:
+        for index, (state, end) in enumerate(plan.chunks, plan.decodes):
+            if self._slots is not None and plan.state_step is not None:
+                self._slots.commit(plan.state_step, index, end, hidden=state.tainted)
             start, state.computed = state.computed, end
             self._publish(state, start)
         events = self._append(plan, sampled, runs)
@@ -724,12 +741,12 @@ class Scheduler:
     ) -> list[TokenEvent]:
         """runs: see `StepPlan.runs`; None: one sample for each sequence."""
         events = []
-        limit, size = self.limits.max_model_len, self.limits.block_size
+        limit = self.limits.max_model_len
         for index, state in enumerate(plan.sampled):
             first, count = (index, 1) if runs is None else (runs[index].start, len(runs[index]))
             if state.aborted:
                 if index < plan.decodes:
-                    self._decoded(state, 1, size)
+                    self._decoded(plan, index, 1)
                 continue
             position, finish = state.position, None
             for said, token in enumerate(sampled.tokens[first : first + count], 1):
@@ -739,7 +756,7 @@ class Scheduler:
                     count = said  # what was sampled behind the end is nobody's
                     break
             if index < plan.decodes:
-                self._decoded(state, count, size)
+                self._decoded(plan, index, count)
                 if state.speculation is not None:
                     draft = plan.drafts[index] if plan.drafts else ()
                     self._judge(state, state.speculation, draft, count - 1)
@@ -764,15 +781,22 @@ class Scheduler:
         self._advance(plan, events)
         return events
 
-    def _decoded(self, state: ScheduledSequence, count: int, size: int) -> None:
-        """Keys and values of so many further tokens are there; blocks of size `size` that were
-        taken for more go back."""
+    def _decoded(self, plan: StepPlan, index: int, count: int) -> None:
+        """Keys and values, and the state, of so many further tokens of a sequence are there; blocks
+        that were taken for more go back."""
+        state, size = plan.decoding[index], self.limits.block_size
+        before = state.computed
         state.computed += count
-        behind = state.computed % size
-        if behind < count:
-            self._publish(state, state.computed - count)
-            if self._slots is not None and not state.tainted and self.limits.prefix_cache:
-                self._slots.keep_latest(state.state, state.digests[state.computed // size - 1])
+        full = state.computed // size
+        latest = None
+        if full * size > before:
+            self._publish(state, before)
+            if self.limits.prefix_cache and not state.tainted:
+                latest = full * size, state.digests[full - 1]
+        if self._slots is not None and plan.state_step is not None:
+            self._slots.commit(
+                plan.state_step, index, state.computed, hidden=state.tainted, latest=latest
+            )
         if not self._plans:  # else the next step may need them
             self._give_back(state)
 

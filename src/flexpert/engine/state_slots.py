@@ -3,8 +3,10 @@
 A state cannot be cut at a token, as keys and values can: it is of all tokens up to one. So each
 slot holds the states behind one token, and is never changed once a step that wrote it was whole:
 
-    plan      a slot for the state behind each sequence's last row of the step
-    commit    the sequence has that one; the slot before it is free, unless it is kept
+    plan      a slot for the state behind each sequence's last row of the step, and where tokens are
+              proposed for it, behind each of them
+    commit    the sequence has the one behind its last row that counts; the slot before it is free,
+              unless it is kept, and so are those behind what did not come true
     rollback  the new ones are free, and the sequences have what they had
 
 Of two steps in flight the second one reads what the first one writes; both write to new slots.
@@ -53,7 +55,8 @@ class StatePart:
     """What a step computes of one sequence.
 
     source: the slot before it. start, end: the tokens. keep: (tokens, digest) where the state is to
-    be kept, ascending and behind `start`.
+    be kept, ascending and behind `start`. each: it decodes, and a state is wanted behind every one
+    of the tokens, since any of them may be the last that counts.
     """
 
     state: SequenceState
@@ -61,17 +64,19 @@ class StatePart:
     start: int
     end: int
     keep: Sequence[tuple[int, bytes]] = ()
+    each: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class StateStep:
-    """The states of a step. behind: of each part, the slot behind it. kept: of each part, (slot,
-    digest) of those on the way."""
+    """The states of a step. behind: of each part, the slot behind it. kept: of each part, (tokens,
+    slot, digest) of those on the way that are to be kept; without a digest those of what is
+    proposed."""
 
     runs: StateRuns
     parts: Sequence[StatePart]
     behind: list[int]
-    kept: list[list[tuple[int, bytes]]]
+    kept: list[list[tuple[int, int, bytes | None]]]
 
 
 class StateSlots:
@@ -137,25 +142,30 @@ class StateSlots:
     # ---- a step -----------------------------------------------------------------------------
 
     def plan(self, parts: Sequence[StatePart], decodes: int) -> StateStep:
-        """Slots for a step; its first `decodes` parts have one row and a state each."""
+        """Slots for a step; its first `decodes` parts decode, and have a state each."""
         behind = self._pool.allocate(len(parts))
         begins, sources, targets = [0], [], []
-        kept: list[list[tuple[int, bytes]]] = []
+        kept = []
         for part, last in zip(parts, behind, strict=True):
             on_way = self._on_way(part)
-            kept.append([(slot, digest) for _, slot, digest in on_way])
+            kept.append(on_way)
             source, at = part.source, part.start
             for stop, target in (*((t, slot) for t, slot, _ in on_way), (part.end, last)):
                 begins.append(begins[-1] + stop - at)
                 sources.append(source)
                 targets.append(target)
                 source, at = target, stop
-        return StateStep(StateRuns(begins, sources, targets, decodes), parts, behind, kept)
+        rows = sum(part.end - part.start for part in parts[:decodes])
+        return StateStep(StateRuns(begins, sources, targets, rows), parts, behind, kept)
 
-    def _on_way(self, part: StatePart) -> list[tuple[int, int, bytes]]:
-        """(tokens, slot, digest) of states in the middle of a part that are kept: of those that are
-        not yet, as far as there are slots."""
-        found = []
+    def _on_way(self, part: StatePart) -> list[tuple[int, int, bytes | None]]:
+        """(tokens, slot, digest) of states in the middle of a part: behind each of its rows, or
+        where they are kept: of those that are not yet, as far as there are slots."""
+        if part.each:
+            between = range(part.start + 1, part.end)
+            slots = self._pool.allocate(len(between))
+            return [(tokens, slot, None) for tokens, slot in zip(between, slots, strict=True)]
+        found: list[tuple[int, int, bytes | None]] = []
         for tokens, digest in part.keep:
             if tokens < part.end and self._wanted(digest) and self._pool.free_count > 0:
                 (slot,) = self._pool.allocate(1)
@@ -165,30 +175,47 @@ class StateSlots:
     def _wanted(self, digest: bytes) -> bool:
         return self._keeps and self._pool.published(digest) is None
 
-    def commit(self, step: StateStep, tainted: Sequence[bool]) -> None:
-        """The step was whole. tainted: of each part, whether nobody else may find its states."""
-        for part, slot, on_way, hidden in zip(
-            step.parts, step.behind, step.kept, tainted, strict=True
-        ):
-            for other, digest in on_way:
-                if not hidden:
-                    self._pool.publish(other, digest)
-                self._pool.free([other])
-            self.give_back(part.state.slot)
-            part.state.slot = slot
-            for tokens, digest in part.keep:
-                if tokens == part.end and not hidden and self._wanted(digest):
-                    self._pool.publish(slot, digest)
+    def commit(
+        self,
+        step: StateStep,
+        index: int,
+        tokens: int,
+        *,
+        hidden: bool,
+        latest: tuple[int, bytes] | None = None,
+    ) -> None:
+        """The step was whole: what becomes of one of its parts.
+
+        Args:
+            tokens: of the sequence, up to the last one that counts.
+            hidden: nobody else may find its states.
+            latest: (tokens, digest) of the end of a block that its answer has come to: that state
+                is kept in place of the one before it.
+        """
+        part = step.parts[index]
+        state = part.state
+        self.give_back(state.slot)
+        state.slot = NO_STATE
+        for at, slot, digest in (*step.kept[index], (part.end, step.behind[index], None)):
+            if digest is not None and not hidden:
+                self._pool.publish(slot, digest)
+            if latest is not None and at == latest[0]:
+                self._keep_latest(state, slot, latest[1])
+            if at == tokens:
+                state.slot = slot
+            else:
+                self._pool.free([slot])
+        for at, digest in part.keep:
+            if at == part.end and not hidden and self._wanted(digest):
+                self._pool.publish(state.slot, digest)
 
     def rollback(self, step: StateStep) -> None:
         """The step was broken."""
-        self._pool.free([*step.behind, *(slot for on_way in step.kept for slot, _ in on_way)])
+        self._pool.free([*step.behind, *(slot for on_way in step.kept for _, slot, _ in on_way)])
 
-    def keep_latest(self, state: SequenceState, digest: bytes) -> None:
-        """The state of an answer that has just come to the end of a block: kept in place of the
-        one before it."""
+    def _keep_latest(self, state: SequenceState, slot: int, digest: bytes) -> None:
         if self._wanted(digest):
-            self._pool.publish(state.slot, digest)
+            self._pool.publish(slot, digest)
             if state.kept is not None:
                 self._pool.discard(state.kept)
             state.kept = digest

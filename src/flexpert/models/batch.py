@@ -44,8 +44,8 @@ class ForwardBatch:
         are those without.
     states: where layers that keep a state find and leave it; None: the model has none, or
         `state_slots` says all.
-    state_slots: [2, D] int64, of the D sequences that decode, which are the first ones: the slots
-        that they read and those that they write; -1: the row is padding. None: see `states`.
+    state_slots: [2, D] int64, of the D rows of sequences that decode, which are the first ones: the
+        slots that they read and those that they write; -1: the row is padding. None: see `states`.
     state_rows, state_starts: [3, N] and [S + 1] int64, `begins`, `sources`, `targets` and `starts`
         of `StateRows`. None: each row decodes, or see `states`.
     shares: rows that are sequences by themselves may lie behind one another in the same blocks, so
@@ -76,7 +76,7 @@ class ForwardBatch:
         own = _tensors(self)
         if self.states is not None:
             own["state_slots"] = decode_slots(self.states)
-            if self.states.decodes < len(self.states):
+            if not self.states.apart:
                 own["state_rows"], own["state_starts"] = rows_and_starts(self.states)
         further = {} if self.drafts is None else _tensors(self.drafts)
         arrays = upload.send([*own.values(), *further.values()])
@@ -103,8 +103,7 @@ def rows_and_starts(runs: StateRuns) -> tuple[Tensor, Tensor]:
     starts: list[int] = []
     for run, (source, target) in enumerate(zip(runs.sources, runs.targets, strict=True)):
         begin, end = runs.begins[run : run + 2]
-        goes_on = run > 0 and source == runs.targets[run - 1]
-        if not goes_on:
+        if not runs.goes_on(run):
             starts.append(begin)
             first = source
         rows[0, begin:end] = starts[-1]

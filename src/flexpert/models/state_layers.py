@@ -87,9 +87,8 @@ class StateLayer:
         if self.fused is not None:
             assert self.rows is not None
             return self.fused(given.hidden[0], self._slots, self.rows).unsqueeze(0)
-        together, most = 0 if self._deterministic else decodes.shape[1], self._most
-        cuts = [slice(first, min(first + most, together)) for first in range(0, together, most)]
-        pieces = [self._decode(given, decodes, rows) for rows in cuts]
+        together = 0 if self._deterministic else decodes.shape[1]
+        pieces = self._decoded(given, decodes, runs) if together else []
         if runs is not None:
             for run in range(together, len(runs)):
                 rows = slice(runs.begins[run], runs.begins[run + 1])
@@ -102,17 +101,37 @@ class StateLayer:
         result = self._call(StateView(None, self._dtypes), args, kwargs)
         return _joined([_rows_of(result, (1, rows))], rows)
 
-    def _decode(self, given: LayerArguments, decodes: Tensor, rows: slice) -> Any:
-        """Of some rows that decode. decodes: [2, D] int64, slots that are read and written."""
-        sources, targets = decodes[0, rows], decodes[1, rows]
+    def _decoded(self, given: LayerArguments, decodes: Tensor, runs: StateRuns | None) -> list[Any]:
+        """Of all rows that decode, in pieces. decodes: [2, D] int64, slots that are read and
+        written."""
+        waves = [] if runs is None else runs.waves
+        if len(waves) < 2:
+            every = range(decodes.shape[1])
+            return [self._decode(given, decodes, rows) for rows in self._cuts(every)]
+        pieces = [self._decode(given, decodes, rows) for wave in waves for rows in self._cuts(wave)]
+        order = torch.tensor([row for wave in waves for row in wave])
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        return [_in_order(pieces, back.to(decodes.device))]
+
+    def _cuts(self, rows: Sequence[int]) -> list[Sequence[int]]:
+        """As many at a time as may be computed together."""
+        return [rows[first : first + self._most] for first in range(0, len(rows), self._most)]
+
+    def _decode(self, given: LayerArguments, decodes: Tensor, rows: Sequence[int]) -> Any:
+        """Of some rows that decode, of different sequences. decodes: as for `_decoded`."""
+        at: slice | list[int] = list(rows)
+        if isinstance(rows, range):
+            at = slice(rows.start, rows.stop)
+        sources, targets = decodes[0, at], decodes[1, at]
         take, put = (self._kernels.take, self._kernels.put) if self._kernels else (_take, _put)
         view = StateView(
             {key: take(states, sources) for key, states in self._slots.items()}, self._dtypes
         )
-        result = self._call(view, *given.apart(rows))
+        result = self._call(view, *given.apart(at))
         for key, states in self._slots.items():
             put(view.states[key], states, targets)
-        return _rows_of(result, (rows.stop - rows.start, 1))
+        return _rows_of(result, (len(rows), 1))
 
     def _run(self, given: LayerArguments, rows: slice, source: int, target: int) -> list[Any]:
         view = self._view(source)
@@ -273,7 +292,7 @@ class LayerArguments:
         """Of some rows: [1, n, …], at addresses of their own: library products look at these."""
         return self._each(lambda x: x[:, rows].clone(memory_format=torch.contiguous_format))
 
-    def apart(self, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def apart(self, rows: slice | list[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Of some rows, each a sequence of its own: [n, 1, …]."""
         return self._each(lambda x: x[0, rows].unsqueeze(1).contiguous())
 
@@ -312,6 +331,14 @@ def _joined(pieces: list[Any], rows: int) -> Any:
         return None
     whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return pad_rows(whole, rows).unsqueeze(0)
+
+
+def _in_order(pieces: list[Any], order: Tensor) -> Any:
+    """What `_rows_of` made of several calls as that of one. order: of each row, which of all of
+    theirs it is."""
+    if isinstance(pieces[0], tuple):
+        return tuple(_in_order(list(parts), order) for parts in zip(*pieces, strict=True))
+    return None if pieces[0] is None else torch.cat(pieces).index_select(0, order)
 
 
 def _with_cache(module: nn.Module) -> Callable[..., Any]:

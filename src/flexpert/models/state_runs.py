@@ -22,7 +22,8 @@ class StateRuns:
 
     begins: R + 1 rows; run r has the rows begins[r] … begins[r + 1] - 1. sources, targets: R slots
     that it reads (or `NO_STATE`) and writes. decodes: so many runs, the first ones, have one row
-    each, of different sequences that have a state.
+    each, of sequences that have a state: the row that one decodes, and those of what is proposed to
+    come after it.
     """
 
     begins: Sequence[int]
@@ -32,3 +33,25 @@ class StateRuns:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def goes_on(self, run: int) -> bool:
+        """Whether a run reads what the one before it writes."""
+        return run > 0 and self.sources[run] == self.targets[run - 1]
+
+    @property
+    def apart(self) -> bool:
+        """Whether each run is a row that decodes, of a sequence of its own."""
+        return self.decodes == len(self) and not any(map(self.goes_on, range(len(self))))
+
+    @property
+    def waves(self) -> list[list[int]]:
+        """Of the runs that decode those that may be computed at one time, in turn: the first of
+        each sequence, then the second ones, and so on."""
+        found: list[list[int]] = []
+        depth = 0
+        for run in range(self.decodes):
+            depth = depth + 1 if self.goes_on(run) else 0
+            if depth == len(found):
+                found.append([])
+            found[depth].append(run)
+        return found
