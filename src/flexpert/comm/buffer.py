@@ -201,9 +201,8 @@ class Statistics:
     """Sums over the life of a buffer; differences of two tell about the time between.
 
     exchanges: dispatches that were begun.
-    bytes_sent: id → payload bytes of rows written for that peer, or lent to it where it can read them
-        where they lie (own id: 0); rows that several ranks of another machine share count for the
-        one that gets them.
+    bytes_sent: id → payload bytes of rows written for that peer, or lent to it (own id: 0); rows
+        that several ranks of another machine share count for the one that gets them.
     dispatch_wait_ns, combine_wait_ns: id → nanoseconds from the begin of a wait until that peer's
         flag was seen; the peer with the largest value is the slow one.
     waited_ns: "dispatch", "combine" → nanoseconds in such waits, for all peers together.
@@ -459,8 +458,8 @@ class Buffer(ABC):
 
     @abstractmethod
     def combine_input(self, received: Received) -> torch.Tensor:
-        """[rows, hidden] spec.dtype for the experts to write y into, reused by every exchange; to be
-        asked for after its dispatch. Peers that can read it there need no copy."""
+        """[rows, hidden] spec.dtype for the experts to write y into, reused by every exchange; ask
+        for it after the dispatch. Peers that can read it there need no copy."""
 
     def dispatch(
         self,
