@@ -1,4 +1,8 @@
-"""A service that speculates answers as one that does not, whatever becomes of its ranks."""
+"""A service that speculates answers as one that does not, whatever becomes of its ranks.
+
+The answers take more steps than the first phase in which tokens are proposed: so all ranks leave
+the draft layer out, and take it up again, in the same steps.
+"""
 
 from __future__ import annotations
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.comm_local import Local, check_received, dispatch, same_bits
+from support.comm_local import Local, check_received, dispatch, placed, same_bits
 from support.comm_ranks import Ranks, apply_experts, random_sent, random_table, spec_of, vote
 
 from flexpert.comm import Buffer, ExpertTable
 from flexpert.comm.buffer import Reduce
 from flexpert.comm.errors import StaleEpoch
+from flexpert.comm.host.host_buffer import HostBuffer
 from flexpert.comm.routing import Sent, arrivals, expected_sums, pairs
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -34,7 +35,8 @@ def exchanges(buffer: Buffer, ids: tuple[int, ...], seeds: range, reduce: Reduce
             offsets[1:] = torch.bincount(slots, minlength=sent[rank].table.slots).cumsum(0)
             y[rank] = apply_experts(torch.stack(x) if x else sent[rank].x[:0], offsets)
         assert same_bits(y[buffer.rank], apply_experts(received.x, received.offsets))
-        out = buffer.combine(y[buffer.rank], received, reduce=reduce)
+        mine = placed(buffer, received, y[buffer.rank])
+        out = buffer.combine(mine, received, reduce=reduce)
         assert same_bits(out, expected_sums(sent, y, buffer.rank, reduce)), seed
     return len(seeds)
 
@@ -116,7 +118,12 @@ def results_by_token(
         expert_of = {(int(table.rank[e]), int(table.slot[e])): e for e in range(experts)}
         scale = [float(factor[expert_of[p.rank, p.slot]]) for p in arrivals(sent, rank)]
         y[rank] = (received[rank].x.float() * torch.tensor(scale).reshape(-1, 1)).to(dtype)
-    sums = local.each(ids, lambda b: b.combine(y[b.rank], received[b.rank], reduce="home"))
+
+    def combined(b: HostBuffer) -> torch.Tensor:
+        mine = placed(b, received[b.rank], y[b.rank])
+        return b.combine(mine, received[b.rank], reduce="home")
+
+    sums = local.each(ids, combined)
     return {t: sums[rank][at] for rank in ids for at, t in enumerate(mine[rank])}
 
 

@@ -16,6 +16,7 @@ from support.comm_local import (
     check_received,
     dispatch,
     masked_ids,
+    placed,
     same_bits,
 )
 from support.comm_ranks import LIMIT_S, Ranks, random_sent, spec_of
@@ -53,7 +54,7 @@ def exchange(
         limit_s = (limits or {}).get(buffer.rank, LIMIT_S)
         got = dispatch(buffer, sent[buffer.rank], limit_s)
         x = got.x.clone()
-        y = apply_experts(x, got.offsets)
+        y = placed(buffer, got, apply_experts(x, got.offsets))
         out = buffer.combine(y, got, reduce=reduce, timeout_s=limit_s)  # type: ignore[arg-type]
         return x, got.offsets, out, buffer.missing_results(got)
 

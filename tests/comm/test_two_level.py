@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from support.comm_local import applied, check_received, masked_ids, poke, same_bits
+from support.comm_local import applied, check_received, masked_ids, placed, poke, same_bits
 from support.comm_ranks import LIMIT_S, Rank, apply_experts, random_sent, set_active, spec_of, vote
 
 from flexpert.comm import Buffer, BufferSpec, CommError, ExpertTable, RankLost, RankTimeout, quant
@@ -179,7 +179,7 @@ def exchanges(
             dispatched[rank] += now - before[rank]
         check_received(got, sent, buffer.rank)
         reduce = how.get("reduce", ("rank", "home")[seed % 2])
-        y = apply_experts(got.x, got.offsets)
+        y = placed(buffer, got, apply_experts(got.x, got.offsets))
         pause()
         combining = buffer.begin_combine(y, got, reduce=reduce)
         pause()

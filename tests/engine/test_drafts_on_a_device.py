@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.agreeing import agreeing_model
+from support.draft_turns import in_turns
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
@@ -18,6 +19,7 @@ from flexpert.engine.device_profile import InterpreterProfile
 from flexpert.engine.draft_counts import DraftCounts
 from flexpert.engine.rank_engine import RankEngine
 from flexpert.engine.request import RequestSequence, SamplingParams
+from flexpert.engine.step_costs import DraftPhases
 from flexpert.engine.step_plan import StepPlan
 from flexpert.models.source import ModelSource
 from flexpert.models.step_graphs import GraphShape
@@ -50,7 +52,8 @@ def work() -> list[RequestSequence]:
 
 
 class Told:
-    """What a rank says. ahead: steps with proposed tokens that the host did not know."""
+    """What a rank says. ahead: steps with proposed tokens that the host did not know. left_out:
+    steps without the draft layer."""
 
     def __init__(self) -> None:
         self.tokens: dict[str, list[int]] = {}
@@ -58,6 +61,7 @@ class Told:
         self.said: list[str] = []
         self.heard = threading.Condition()
         self.ahead = 0
+        self.left_out = 0
 
     def __call__(self, report: msg.Report) -> None:
         with self.heard:
@@ -89,6 +93,7 @@ def answers(source: ModelSource, config: EngineConfig, broken: int | None = None
 
     def counted() -> StepPlan:
         step = plan_step()
+        told.left_out += not step.on
         told.ahead += step.sources is not None and step.drafts is not None
         return step
 
@@ -148,12 +153,15 @@ def test_it_answers_as_a_cpu_does_in_graphs_and_when_a_step_is_broken(
     model: Path, expected: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how = SpeculativeSettings(method="mtp", num_speculative_tokens=4)
+    monkeypatch.setattr(InterpreterProfile, "measures_steps", True)
+    monkeypatch.setattr(DraftPhases, "passed", in_turns(8, 3))
     shapes = [GraphShape(size, size) for size in (1, 2, 4, 8)] + [GraphShape(24, 8)]
     monkeypatch.setattr(InterpreterProfile, "graph_shapes", lambda *_: shapes)
     source = ModelSource.open(str(model), dtype="float32", drafts=True)
     config = CPU.model_copy(update={"device": "cuda", "speculate": how})
     found = answers(source, config, 9)
     assert found.tokens == expected.tokens
-    assert found.ahead > 5
-    assert found.drafts.accepted[0] > 8
+    assert found.ahead > 3
+    assert found.left_out > 3
+    assert found.drafts.accepted[0] > 5
     assert found.drafts.accepted[1] > 0

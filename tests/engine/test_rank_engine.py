@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from support.checkpoints import make_checkpoint
 from support.draft_checkpoints import with_draft_layer
+from support.draft_turns import in_turns
 
 from flexpert.comm import Buffer, RankTimeout, make_buffer
 from flexpert.comm.host.host_buffer import HostBuffer
@@ -23,6 +24,7 @@ from flexpert.engine.device_sampler import DeviceSampler
 from flexpert.engine.memory_plan import buffer_spec
 from flexpert.engine.rank_engine import VOTE, RankEngine
 from flexpert.engine.request import HeldKV, KVMigration, RequestSequence, SamplingParams
+from flexpert.engine.step_costs import DraftPhases
 from flexpert.engine.step_plan import StepPlan
 from flexpert.models.source import ModelSource, locate
 from flexpert.moe.placement import replan
@@ -283,15 +285,19 @@ def answers(
     looks_ahead: bool = False,
     broken: int | None = None,
     speculate: SpeculativeSettings | None = None,
+    phases: tuple[int, int] | None = None,
 ) -> tuple[dict[str, list[int]], int]:
     """Of `many(longer)`, and how many steps were launched on top of another, or how many proposed
     tokens came true.
 
     broken: which step turns out not to be whole; an epoch later it is computed again.
+    phases: for so many steps tokens are proposed, then for so many none; None: by what they take.
     """
     told, launched, checks = Told(), 0, 0
     config = CONFIG.model_copy(update={"deterministic": True, "speculate": speculate})
     with pytest.MonkeyPatch.context() as patch:
+        if phases is not None:
+            patch.setattr(DraftPhases, "passed", in_turns(*phases))
         if looks_ahead:
             patch.setattr(CpuProfile, "looks_ahead", True)
             patch.setattr(
@@ -363,15 +369,28 @@ def drafting(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 
 
 @pytest.mark.parametrize(
-    ("broken", "proposed"), [(None, 1), (3, 1), (4, 1), (None, 4), (21, 4), (22, 4), (40, 4)]
+    ("broken", "proposed", "phases"),
+    [
+        (None, 1, (99, 0)),
+        (3, 1, (6, 3)),
+        (4, 1, (2, 1)),
+        (None, 4, (5, 2)),
+        (21, 4, (99, 0)),
+        (22, 4, (99, 0)),
+        (40, 4, (6, 3)),
+    ],
 )
 def test_a_rank_whose_model_proposes_tokens_answers_as_one_that_does_not(
-    source: ModelSource, drafting: ModelSource, broken: int | None, proposed: int
+    source: ModelSource,
+    drafting: ModelSource,
+    broken: int | None,
+    proposed: int,
+    phases: tuple[int, int],
 ) -> None:
     """Of a step either the model's part is broken, or that of the layer that proposes."""
     expected, _ = answers(source)
     how = SpeculativeSettings(method="mtp", num_speculative_tokens=proposed)
-    found, accepted = answers(drafting, speculate=how, broken=broken)
+    found, accepted = answers(drafting, speculate=how, broken=broken, phases=phases)
     assert found == expected
     assert accepted > 10
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from flexpert.engine.sampler import Sampler
 from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence import Sampled
 from flexpert.engine.speculation import NgramIndex, SequenceSpeculation
-from flexpert.engine.step_costs import StepCosts
+from flexpert.engine.step_costs import DraftPhases, StepCosts
 from flexpert.speculative_settings import SpeculativeSettings
 
 NEVER: frozenset[int] = frozenset()
@@ -311,21 +312,36 @@ def test_what_the_model_proposes_is_checked_in_the_next_step_and_forgotten_after
     assert 8 <= sum(counts.accepted) < counts.tokens
 
 
-def test_where_every_step_waits_the_model_proposes_once_their_cost_is_known() -> None:
-    """As beside a request with penalties, on a GPU."""
-    mtp, costs = SpeculativeSettings(method="mtp", num_speculative_tokens=1), StepCosts()
-    scheduler = Scheduler(limits(), clock=lambda: 0.0, speculative=mtp, costs=costs)
-    model, proposed = FakeModel(4), []
-    scheduler.add(sequence("a", [0, 1, 2, 1, 0], max_tokens=30, ignore_eos=True))
+@pytest.mark.parametrize("method", ["ngram", "mtp"])
+@pytest.mark.parametrize("takes", [1.2, 4.0])
+def test_where_steps_take_too_long_with_proposed_tokens_there_are_none(
+    method: Literal["ngram", "mtp"], takes: float
+) -> None:
+    """takes: such a step, of what one without takes."""
+    eager = {"prompt_lookup_min": 1} if method == "ngram" else {}
+    how = SpeculativeSettings(method=method, num_speculative_tokens=1, **eager)
+    costs, phases, now = StepCosts(method), DraftPhases(), 0.0
+    scheduler = Scheduler(limits(max_model_len=500, blocks=200), speculative=how, phases=phases)
+    model, on = FakeModel(4), []
+    asked = sequence("a", [0, 1, 2, 1, 0], max_tokens=450, ignore_eos=True)
+    scheduler.add(asked)
+    events = []
     while scheduler.has_work:
         plan = scheduler.plan()
-        assert plan.sources is None
+        assert plan.on == phases.on
+        assert plan.on or (plan.drafts is None and not any(plan.asks))
+        phases.passed([costs.saved])
         sampled = model.step(plan)
-        proposed.append(sum(map(len, plan.drafts or ())))
-        scheduler.commit(plan, sampled, proposed=model.propose(plan, sampled))
-        costs.published(plan, 1.0)
-    assert proposed[:6] == [0] * 6, "a prompt, four steps that are timed, one that asks"
-    assert sum(proposed) > 8
+        # by a layer that has keys of all tokens
+        proposed = model.propose(replace(plan, on=True), sampled) if method == "mtp" else []
+        events += (new := scheduler.commit(plan, sampled, proposed=proposed))
+        now += takes if plan.speculates else 1.0
+        costs.published(plan, len(new[0].tokens), now)
+        on.append(plan.on)
+    assert tokens_of(events) == answer(asked, 500)
+    assert sum(on[:40]) == 32
+    assert (sum(on[80:]) > 0.8 * len(on[80:])) == (takes < 2)
+    assert takes < 2 or sum(on[80:]) < 0.4 * len(on[80:])
 
 
 def test_a_step_is_planned_for_the_least_that_may_come_true_and_has_blocks_for_the_most() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from flexpert.engine.device_profile import captured_shapes
-from flexpert.engine.step_costs import StepCosts
+from flexpert.engine.step_costs import DraftPhases, StepCosts
 from flexpert.kernels.step_shapes import graph_size
 
 
@@ -15,48 +17,74 @@ def test_rows_are_padded_as_steps_are_captured() -> None:
         assert graph_size(rows) == min(size for size in sizes if size >= rows)
 
 
-def known(rows: int, without: float, drafted: int, together: float) -> StepCosts:
-    costs = StepCosts()
+def measured(sequences: int, without: float, said: int, together: float) -> float:
+    costs = StepCosts("mtp")
     for _ in range(4):
-        assert not costs.due(rows, ahead=True), "steps without proposed tokens are measured first"
-        costs.note(rows, 0, without, ahead=True)
-    assert costs.due(rows, ahead=True)
-    for _ in range(4):
-        assert costs.pays(rows, drafted, 1, 0.0, ahead=True), "steps with them are not known yet"
-        costs.note(rows + drafted, 1, together, ahead=True)
-    return costs
+        costs.note(sequences, without)
+    for _ in range(20):
+        costs.note(sequences, together, said)
+    return costs.saved
 
 
-@pytest.mark.parametrize("hoped", [0.5, 4.0, 30.0])
-def test_what_may_come_true_must_be_worth_what_a_step_takes_longer(hoped: float) -> None:
-    costs = known(64, 4.0, 64, 5.0)
-    costs.note(128, 1, 500.0, ahead=True)  # something else was slow
-    assert costs.pays(64, 64, 1, hoped, ahead=True) == (hoped > 16)
+def test_what_came_true_must_be_worth_what_a_step_takes_longer() -> None:
+    assert measured(64, 4.0, 79, 5.0) == pytest.approx(79 * 4.0 - 64 * 5.0) == -4.0
+    assert measured(64, 4.0, 81, 5.0) == pytest.approx(4.0)
+    assert measured(3, 2.0, 3, 2.5) == pytest.approx(-1.5), "nothing came true"
+
+
+def test_a_step_that_something_else_held_up_says_little() -> None:
+    costs = StepCosts("mtp")
+    for seconds in (1.0, 1.0, 500.0, *[1.0] * 20):
+        costs.note(4, seconds)
+    for seconds in (1.5, 1.5, 900.0, *[1.5] * 60):
+        costs.note(4, seconds, 8)
+    assert costs.saved == pytest.approx(2.0, abs=0.2)
+
+
+def test_numbers_of_sequences_between_two_that_were_timed_are_known_and_others_are_not() -> None:
+    for between, known in ((3, True), (1, False), (5, False)):
+        costs = StepCosts("mtp")
+        costs.note(2, 1.0)
+        costs.note(4, 2.0)
+        for _ in range(20):
+            costs.note(between, 1.0, 2 * between)
+        assert math.isnan(costs.saved) != known
+    assert StepCosts("ngram").saved == 0.0, "where nothing was proposed nothing was lost"
+
+
+def turns(phases: DraftPhases, steps: int, saved: list[float]) -> list[int]:
+    """How long each phase lasted; the last one still lasts."""
+    lengths, before = [0], phases.on
+    for _ in range(steps):
+        phases.passed(saved)
+        lengths[-1] += 1
+        if phases.on != before:
+            lengths.append(0)
+            before = phases.on
+    return lengths
 
 
 def test_where_it_does_not_pay_it_is_tried_again_after_longer_and_longer_pauses() -> None:
-    costs = known(4, 1.0, 4, 2.0)
-    proposed, pauses = 0, 0
-    for _ in range(2000):
-        if costs.due(4, ahead=True):
-            proposed += costs.pays(4, 4, 1, 2.0, ahead=True)
-        else:
-            pauses += 1
-    assert 8 * 4 <= proposed <= 8 * 8
-    assert pauses > 1900
-    while not costs.due(4, ahead=True):
-        pass
-    assert all(costs.pays(4, 4, 1, 2.0, ahead=True) for _ in range(8))
-    assert costs.pays(4, 4, 1, 4.1, ahead=True), "and goes on if what is proposed comes true by now"
+    phases = DraftPhases()
+    assert turns(phases, 40, [math.nan])[:2] == [32, 8], "first steps without are timed"
+    lengths = turns(phases, 3000, [-1.0, 0.5])
+    trials, pauses = lengths[::2], lengths[1::2]
+    assert set(trials[:-1]) == {24}
+    assert pauses[:7] == [32, 64, 128, 256, 512, 512, 512]
+    while not phases.on:
+        phases.passed([])
+    lengths = turns(phases, 2000, [-1.0, 1.5])
+    assert lengths[:10] == [32, 8, 64, 8, 128, 8, 256, 8, 512, 8], "and goes on if it pays by now"
 
 
-def test_steps_that_wait_for_the_tokens_before_are_measured_apart() -> None:
-    costs = known(4, 1.0, 4, 1.5)
-    assert costs.pays(4, 4, 1, 3.0, ahead=True)
-    for _ in range(4):
-        assert not costs.due(4, ahead=False)
-        costs.note(4, 0, 3.0, ahead=False)
-    assert costs.due(4, ahead=False)
-    for _ in range(4):
-        costs.note(8, 1, 6.0, ahead=False)
-    assert not costs.pays(4, 4, 1, 3.0, ahead=False)
+def test_ranks_agree_in_whatever_order_they_hear_of_each_other() -> None:
+    said = [1.0, 1e16, -1e16, -0.5]
+    one, other = DraftPhases(), DraftPhases()
+    assert sum(said) < 0 < sum(reversed(said)), "sums of floats depend on their order"
+    for _ in range(400):
+        one.passed(said)
+        other.passed(reversed(said))
+        assert one.on == other.on
+    for phases in (one, other):
+        phases.begin()
+        assert phases.on

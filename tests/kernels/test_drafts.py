@@ -9,7 +9,13 @@ import torch
 
 pytest.importorskip("triton", reason="the GPU kernels need the package triton")
 
-from flexpert.kernels.cuda.drafts import further_rows, judge_rows, place_rows, tokens_after
+from flexpert.kernels.cuda.drafts import (
+    clear_rows,
+    further_rows,
+    judge_rows,
+    place_rows,
+    tokens_after,
+)
 
 WIDTH, SIZE, MOST = 4, 8, 90  # sequences: more than a program has
 
@@ -110,3 +116,12 @@ def test_another_token_is_proposed_only_where_it_was_asked_for(step: int) -> Non
     assert context.equal(torch.where(wanted, at + step + 1, 0).int())
     block = tables[torch.arange(MOST), positions // SIZE]
     assert slots.equal(torch.where(wanted, block * SIZE + positions % SIZE, -1))
+
+
+@pytest.mark.parametrize("width", [6, 1100])
+def test_rows_of_a_cache_are_cleared_but_for_padding(width: int) -> None:
+    cache = torch.ones(MOST, width, dtype=torch.bfloat16)
+    slots = torch.tensor([5, -1, MOST - 1, 7, -1])
+    expected = cache.index_fill(0, slots[slots >= 0], 0)
+    clear_rows(slots, cache)
+    assert cache.equal(expected)

@@ -142,3 +142,33 @@ def test_a_checkpoint_without_one_is_refused_where_it_is_wanted(
     save_file(tensors, drafting / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks 1 tensors .*mtp\.norm\.weight"):
         ModelSource.open(str(drafting), drafts=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [("qwen3_moe", {}), ("deepseek_v3", {"latent_cache": True}), ("deepseek_v32", {})],
+)
+def test_where_it_is_not_computed_its_keys_are_0_and_the_model_gives_the_same(
+    checkpoint: Checkpoints, tmp_path: Path, family: str, how: dict[str, bool]
+) -> None:
+    drafting = with_draft_layer(checkpoint(family), tmp_path / "drafting", "layers")
+    sequences = single_runner(drafting, drafts=True, **how)
+    tokens, kv = prompt_of(20, seed=4), sequences.runner.kv
+    whole = sequences.step({"whole": tokens})["whole"].clone()
+    for part in kv.parts:
+        part.fill_(torch.nan)
+    slots = sequences.batch.slot_mapping
+    sequences.runner.leave_out_drafts(slots)
+    for layer in range(len(kv.layers)):
+        here = [(~part.isnan().any(1)).nonzero()[:, 0] for part in kv.slots_of(layer)]
+        expected = slots.sort().values if layer == len(kv.layers) - 1 else slots[:0]
+        assert all(map(expected.equal, here))
+    assert all((part[slots] == 0).all() for part in kv.slots_of(-1))
+    sequences.step({"gap": tokens[:9]})
+    sequences.runner.leave_out_drafts(sequences.batch.slot_mapping)
+    rest = sequences.step({"gap": tokens[9:]})["gap"].clone()
+    found = sequences.runner.draft(
+        replace(sequences.batch, token_ids=torch.tensor([*tokens[10:], 1]))
+    )
+    assert found.isfinite().all()
+    torch.testing.assert_close(rest, whole[9:], rtol=1e-4, atol=1e-4)

@@ -68,13 +68,26 @@ class Local:
         for rank, got in received.items():
             check_received(got, sent, rank)
             y[rank] = apply_experts(got.x, got.offsets)
-        sums = self.each(sent, lambda b: b.combine(y[b.rank], received[b.rank], reduce=reduce))
+
+        def combined(b: HostBuffer) -> torch.Tensor:
+            got = received[b.rank]
+            return b.combine(placed(b, got, y[b.rank]), got, reduce=reduce)
+
+        sums = self.each(sent, combined)
         for rank in sent:
             assert same_bits(sums[rank], expected_sums(sent, y, rank, reduce))
 
 
 def dispatch(buffer: Buffer, s: Sent, timeout_s: float | None = None) -> Received:
     return buffer.dispatch(s.x, s.expert_ids, s.weights, s.table, timeout_s=timeout_s)
+
+
+def placed(buffer: Buffer, received: Received, y: torch.Tensor) -> torch.Tensor:
+    """The results of experts where combine may take them from: of two ranks, and of two exchanges,
+    one has them where peers read them, the other where they are sent from."""
+    if (received.sequence + buffer.active.index(buffer.rank)) % 2:
+        return buffer.combine_input(received).copy_(y)
+    return y
 
 
 def check_received(got: Received, sent: dict[int, Sent], rank: int) -> None:

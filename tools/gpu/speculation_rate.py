@@ -31,7 +31,7 @@ from flexpert.engine.draft_counts import DraftCounts
 from flexpert.engine.rank_engine import RankEngine
 from flexpert.engine.request import RequestSequence, SamplingParams
 from flexpert.engine.speculation import SequenceSpeculation
-from flexpert.engine.step_costs import StepCosts
+from flexpert.engine.step_costs import DraftPhases
 from flexpert.models.source import ModelSource
 from flexpert.moe.placement import replan
 
@@ -77,8 +77,7 @@ def never_pause(patches: contextlib.ExitStack) -> None:
     most = property(lambda self: self._most)
     for name in ("depth", "wanted"):
         patches.enter_context(mock.patch.object(SequenceSpeculation, name, most))
-    for name in ("due", "pays"):
-        patches.enter_context(mock.patch.object(StepCosts, name, return_value=True))
+    patches.enter_context(mock.patch.object(DraftPhases, "passed"))
 
 
 def prompts_of(args: argparse.Namespace, source: ModelSource, count: int) -> list[list[int]]:

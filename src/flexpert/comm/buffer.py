@@ -201,8 +201,8 @@ class Statistics:
     """Sums over the life of a buffer; differences of two tell about the time between.
 
     exchanges: dispatches that were begun.
-    bytes_sent: id → payload bytes of rows written for that peer (own id: 0); rows that several
-        ranks of another machine share count for the one that gets them.
+    bytes_sent: id → payload bytes of rows written for that peer, or lent to it (own id: 0); rows
+        that several ranks of another machine share count for the one that gets them.
     dispatch_wait_ns, combine_wait_ns: id → nanoseconds from the begin of a wait until that peer's
         flag was seen; the peer with the largest value is the slow one.
     waited_ns: "dispatch", "combine" → nanoseconds in such waits, for all peers together.
@@ -441,7 +441,8 @@ class Buffer(ABC):
 
         Args:
             y: [rows, hidden] spec.dtype, in the order of `received.x`, unweighted. What
-                `combine_input` gave is sent from where it lies.
+                `combine_input` gave is sent from where it lies, and peers may read it there until
+                the next dispatch or vote is received: leave it as it is until then.
             reduce: "rank": each rank sends one partial sum a token (float32 sums, rounded to
                 spec.dtype once on the wire), or with two levels each other machine one; "home":
                 one row per expert, summed at home in the order of expert_ids, in float32:
@@ -457,7 +458,8 @@ class Buffer(ABC):
 
     @abstractmethod
     def combine_input(self, received: Received) -> torch.Tensor:
-        """[rows, hidden] spec.dtype for the experts to write y into, reused by every exchange."""
+        """[rows, hidden] spec.dtype for the experts to write y into, reused by every exchange; ask
+        for it after the dispatch. Peers that can read it there need no copy."""
 
     def dispatch(
         self,

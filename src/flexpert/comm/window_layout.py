@@ -8,6 +8,10 @@ A window is one sparse file that only grows:
       leases          [256]         for each source: the place exported to it, and to which process
       link memory     [256]         for each peer on another machine: where the memory of the link
                                     to it lies, for siblings (see host/relays.py)
+      version                       of the lent results, see kernels.c
+    lent rows                     what peers read where the owner wrote it; none of them writes here
+      tokens        [max_tokens]    payloads of a dispatch, by token
+      results       [4 * max_tokens * topk]  of the owner's experts
     places                        page-aligned; each mapped by the owner and by one source
       lines                         one cache line each, written by the source:
         hello                         the state of the link, see kernels.c
@@ -15,11 +19,12 @@ A window is one sparse file that only grows:
         dispatch, combine flag        tag, rows, mode, bytes of a row
         relayed flags [256]           dispatch flags of other ranks that the source hands on
       rows            [max_tokens]  meta and payload of one token, together, so that what a source
-                                    sends is one piece
+                                    sends is one piece; without the payload where that is lent
         meta                          token index, router weights [topk] float32, slots [topk]
                                       int16, owners [topk] uint8
         payload                       hidden state, quantised or not, or any bytes
-      results         [max_tokens * topk]  what the source returns in combine, packed; in the
+      results         [max_tokens * topk]  what the source returns in combine, packed, or where
+                                    among its lent results each lies (int32); in the
                                     memory of a link, behind max_tokens of them, also what a gateway
                                     adds up: partial sums [max_tokens] in float32
 
@@ -41,7 +46,7 @@ import torch
 from flexpert.comm.buffer import BufferSpec
 
 MAGIC = b"flexpert"
-VERSION = 3
+VERSION = 4
 PAGE = 4096
 LINE = 64
 
@@ -60,7 +65,10 @@ WAITERS_AT = 128
 LEASES_AT = 256
 LEASE_BYTES = 32
 LINK_MEMORY_AT = LEASES_AT + MAX_CAPACITY * LEASE_BYTES
-CONTROL_BYTES = -(-(LINK_MEMORY_AT + MAX_CAPACITY * LINE) // PAGE) * PAGE
+LENT_VERSION_AT = LINK_MEMORY_AT + MAX_CAPACITY * LINE
+CONTROL_BYTES = -(-(LENT_VERSION_AT + LINE) // PAGE) * PAGE
+
+LENT_SHARE = 4  # lent results, in times max_tokens * topk: of a rank with that share of all of them
 
 # A place, bytes from its start.
 VOTE_LINES = 4
@@ -116,10 +124,13 @@ class WindowLayout:
     partials_at: int
     partial_stride: int  # of a sum in float32
     place_bytes: int
+    lent_results: int  # rows
+    lent_results_at: int  # from the start of the lent rows, which begin behind the control part
+    lent_bytes: int
 
     def place_at(self, place: int) -> int:
         """From the start of the window."""
-        return CONTROL_BYTES + place * self.place_bytes
+        return CONTROL_BYTES + self.lent_bytes + place * self.place_bytes
 
 
 def layout(spec: BufferSpec) -> WindowLayout:
@@ -132,6 +143,8 @@ def layout(spec: BufferSpec) -> WindowLayout:
         results = max(results, result_stride + partial_stride)
     meta_bytes = align(8 + 7 * spec.topk, LINE)
     results_at = align(ROWS_AT + spec.max_tokens * (meta_bytes + result_stride), PAGE)
+    lent_results = LENT_SHARE * spec.max_tokens * spec.topk
+    lent_results_at = align(spec.max_tokens * result_stride, PAGE)
     return WindowLayout(
         row_bytes=row_bytes,
         meta_bytes=meta_bytes,
@@ -140,9 +153,12 @@ def layout(spec: BufferSpec) -> WindowLayout:
         partials_at=results_at + spec.max_tokens * result_stride,
         partial_stride=partial_stride,
         place_bytes=align(results_at + spec.max_tokens * results, PAGE),
+        lent_results=lent_results,
+        lent_results_at=lent_results_at,
+        lent_bytes=align(lent_results_at + lent_results * row_bytes, PAGE),
     )
 
 
 def size_bytes(spec: BufferSpec) -> int:
     """Address space of a window with all ids connected: what it could take, not what it takes."""
-    return CONTROL_BYTES + spec.capacity * layout(spec).place_bytes
+    return layout(spec).place_at(spec.capacity)

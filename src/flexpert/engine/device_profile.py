@@ -93,13 +93,13 @@ class DeviceProfile(ABC):
         stream: of the device; its `device` is where tensors lie.
         warm_up: when a new rank computes its first steps.
         looks_ahead: the next step is launched before the tokens of one are known.
-        measures_steps: whether proposed tokens pay is decided by what steps have cost so far.
+        measures_steps: whether proposed tokens pay is decided by what steps take.
     """
 
     stream: DeviceStream
     warm_up: WarmUpTime
     looks_ahead: bool
-    measures_steps = False
+    measures_steps = True
 
     def __init__(self, config: EngineConfig) -> None:
         """
@@ -327,8 +327,6 @@ class TritonProfile(DeviceProfile):
 class CudaProfile(TritonProfile):
     """An NVIDIA GPU; several are dealt out to the ranks in turn."""
 
-    measures_steps = True
-
     def __init__(self, config: EngineConfig, rank: int) -> None:
         """Raises: ConfigError: there is no GPU, or what the settings need is not installed."""
         check_device(config)
@@ -353,7 +351,10 @@ class CudaProfile(TritonProfile):
 
 
 class InterpreterProfile(TritonProfile):
-    """Triton's interpreter on a CPU, which compiles nothing: the fewest sizes will do."""
+    """Triton's interpreter on a CPU, which compiles nothing: the fewest sizes will do. What a step
+    takes there says nothing."""
+
+    measures_steps = False
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config, HostStream())

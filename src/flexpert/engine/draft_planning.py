@@ -1,4 +1,4 @@
-"""Which sequences of a step get proposed tokens, and whether that pays. Pure."""
+"""Which sequences of a step get proposed tokens, where any do. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from flexpert.engine.scheduled_sequence import ScheduledSequence
 from flexpert.engine.speculation import AT_FIRST, WORTH
-from flexpert.engine.step_costs import StepCosts
 from flexpert.engine.step_outlook import Outlook, PromptChunk
 from flexpert.speculative_settings import SpeculativeSettings
 
@@ -22,7 +21,6 @@ def plan_drafts(
     max_tokens: int,
     max_model_len: int,
     most: int | None = None,
-    costs: StepCosts | None = None,
 ) -> list[list[int]] | None:
     """What is proposed for each sequence that decodes; None: nothing for any. On top of a step in
     flight the device knows what the model proposes: there are zeros in its place.
@@ -33,7 +31,6 @@ def plan_drafts(
         rows: of the step without. max_tokens: its budget, with them.
         max_model_len: tokens of prompt and answer.
         most: tokens that may be proposed; None: as many as `settings` and `max_tokens` leave.
-        costs: of steps as they were measured; None: they are those of a CPU.
     """
     room = min(settings.max_rows, max_tokens) - rows
     if most is not None:
@@ -56,14 +53,7 @@ def plan_drafts(
         left -= len(draft)
         if left == 0:
             break
-    if left == room:
-        return None
-    if costs is None:
-        pays = _pays(rows, room - left, hoped)
-    else:
-        ahead = now.sources is not None
-        pays = costs.pays(rows, room - left, max(map(len, drafts)), hoped, ahead=ahead)
-    return drafts if pays else None
+    return drafts if left < room and _pays(rows, room - left, hoped) else None
 
 
 def _proposes(now: Outlook, index: int) -> bool:
@@ -97,18 +87,18 @@ def plan_questions(
     *,
     max_model_len: int,
     block_size: int,
-    due: bool = True,
+    on: bool = True,
 ) -> list[int]:
     """How many tokens the model is to propose behind the step, for each sequence that is sampled.
     Those that decode may need blocks for them; prompts are content with those that they have.
 
     Args:
         chunks: of prompts. max_model_len: tokens of prompt and answer.
-        due: something may be proposed at all.
+        on: see `StepPlan`.
     """
     whole = [chunk for chunk in chunks if chunk.whole]
     states = [*now.decoding, *(chunk.state for chunk in whole)]
-    if not due or len(states) >= settings.max_rows:
+    if not on or len(states) >= settings.max_rows:
         return [0] * len(states)
     unseen = 0 if now.sources is None else 1
     asks = [min(_wanted(state), state.room(max_model_len) - unseen - 2) for state in now.decoding]

@@ -21,6 +21,7 @@ What a command or the outcome of an exchange means is decided by `rank_states`; 
 from __future__ import annotations
 
 import logging
+import math
 import struct
 import threading
 import time
@@ -69,7 +70,7 @@ from flexpert.engine.sampler import StepSampling, StepTokens, score
 from flexpert.engine.scheduler import Scheduler
 from flexpert.engine.sequence import SEQUENCE_FAULTS
 from flexpert.engine.sequence_intake import SequenceIntake
-from flexpert.engine.step_costs import StepCosts
+from flexpert.engine.step_costs import DraftPhases, StepCosts
 from flexpert.engine.step_plan import ScoredChunk, StepPlan
 from flexpert.engine.stopwatch import Stopwatch, in_words
 from flexpert.engine.token_masks import MaskBuilder
@@ -91,9 +92,9 @@ _REST_S = 0.1  # outside of an epoch: then it looks around, and shows that it do
 
 Queued: TypeAlias = msg.Command | PreparationEnded | FetchEnded | GrammarReady
 
-VOTE = struct.Struct("<BIIB")
-"""What a rank says before a step: has work, ready for epoch, tokens of the step it has planned, and
-the most tokens that the model is to propose behind it for a sequence."""
+VOTE = struct.Struct("<BIIBf")
+"""What a rank says before a step: has work, ready for epoch, tokens of the step it has planned, the
+most tokens that the model is to propose behind it for a sequence, and `StepCosts.saved`."""
 
 _COMMANDS: Mapping[type, RankEventKind] = {
     msg.Prepare: RankEventKind.PREPARE,
@@ -108,12 +109,12 @@ _COMMANDS: Mapping[type, RankEventKind] = {
 
 @dataclass(slots=True)
 class _Flight:
-    """A step that was launched. done: the device has computed all that it exchanges. further: how
-    often the draft layer is applied again behind it, on all ranks."""
+    """A step that was launched. done: the device has computed all that it exchanges. times: how
+    often the draft layer is applied behind it, on all ranks."""
 
     plan: StepPlan
     done: StreamEvent
-    further: int
+    times: int
     logits: torch.Tensor | None = None
     sampling: StepSampling | None = None
     proposals: Proposals | None = None
@@ -199,9 +200,11 @@ class RankEngine:
             prefix_cache=config.prefix_cache,
             state_slots=slots,
         )
-        measures = self._most_proposed and self.profile.measures_steps
-        self._costs = StepCosts() if measures else None
-        self.scheduler = Scheduler(limits, speculative=config.speculate, costs=self._costs)
+        how = config.speculate
+        measures = how is not None and self.profile.measures_steps
+        self._costs = StepCosts(how.method) if how is not None and measures else None
+        self._phases = DraftPhases() if measures else None
+        self.scheduler = Scheduler(limits, speculative=how, phases=self._phases)
         self.store = self.profile.make_expert_store(rank, source)
         self._remote = RemotePeers(
             rank,
@@ -294,6 +297,11 @@ class RankEngine:
             RankAction.PAUSE: self._pause,
             RankAction.REPORT_BROKEN: self._report_broken,
         }
+
+    @property
+    def _drafts(self) -> bool:
+        """The model has a layer that proposes."""
+        return self.runner.drafts is not None or self.runner.device_drafts is not None
 
     @property
     def _most_proposed(self) -> int:
@@ -509,6 +517,9 @@ class RankEngine:
         self.buffer.disconnect(gone)
         self.watch.lap("membership")
         self.load_report.begin()
+        if self._costs is not None and self._phases is not None:
+            self._costs.begin()
+            self._phases.begin()
         self.moe.install(prepared.staged)
         self.watch.lap("install")
         self._preparer.hold(prepared.experts)
@@ -593,6 +604,8 @@ class RankEngine:
         """Sleep until a peer votes or a command comes."""
         # No pause of ours begins here: we have nothing to do, and who has says so himself.
         self._last_step_end = None
+        if self._costs is not None:
+            self._costs.idle()
         if self.buffer.wait_for_vote(None):
             self._vote_due = True
 
@@ -601,10 +614,11 @@ class RankEngine:
         watch = Stopwatch()
         self._vote_due = False
         armed = self._states.armed_for
-        self._planned = self.scheduler.plan()
+        self._planned = plan = self.scheduler.plan()
         watch.lap("plan")
-        asked = max(self._planned.asks, default=0)
-        vote = VOTE.pack(self.scheduler.has_work, armed, self._planned.tokens, asked)
+        asked = max(plan.asks, default=0)
+        saved = math.nan if self._costs is None else self._costs.saved
+        vote = VOTE.pack(self.scheduler.has_work, armed, plan.tokens, asked, saved)
         self.buffer.post_vote(vote, wait=not self._flights)
         votes = [
             VOTE.unpack(vote)
@@ -613,17 +627,19 @@ class RankEngine:
         now = time.perf_counter()
         watch.lap("votes")
         self._handle(RankEvent(RankEventKind.VOTED), now)
-        work = any(has_work for has_work, _, _, _ in votes)
-        if armed and all(ready == armed for _, ready, _, _ in votes):
+        work = any(has_work for has_work, *_ in votes)
+        if armed and all(ready == armed for _, ready, *_ in votes):
             self._drop_planned()
             # Nothing was decoded between the last step and here if anybody has work.
             self._paused_at = (self._last_step_end if work else None) or now
             self._handle(RankEvent(RankEventKind.AGREED))
             return
         if work:
-            mean_tokens = -(-sum(tokens for _, _, tokens, _ in votes) // len(votes))
-            further = max(0, *(asked - 1 for _, _, _, asked in votes))
-            self._step(mean_tokens, further, watch)
+            mean_tokens = -(-sum(tokens for _, _, tokens, *_ in votes) // len(votes))
+            times = max(1, *(asked for *_, asked, _ in votes)) if self._drafts and plan.on else 0
+            if self._phases is not None:
+                self._phases.passed(saved for *_, saved in votes)
+            self._step(mean_tokens, times, watch)
             self.load_report.look(now)
         else:
             self._drop_planned()
@@ -651,20 +667,22 @@ class RankEngine:
             sum(counted.bytes_sent.values()),
         )
 
-    def _step(self, mean_tokens: int, further: int, watch: Stopwatch) -> None:
+    def _step(self, mean_tokens: int, times: int, watch: Stopwatch) -> None:
         """Launch the planned step, and publish the one before, or this one where nothing goes on
-        unseen. mean_tokens: of all ranks. further: see `_Flight`."""
+        unseen. mean_tokens: of all ranks. times: see `_Flight`."""
         plan = self._planned
         assert plan is not None
         if plan.tokens == 0:
+            if self._costs is not None:
+                self._costs.idle()
             self._drop_planned()
             self._settle(watch)
-            self.runner.forward_idle(mean_tokens, further)
+            self.runner.forward_idle(mean_tokens, times)
             self.buffer.check()
             watch.lap("without tokens")
             return
         self._planned = None
-        self._flights.append(flight := _Flight(plan, self.profile.stream.event(), further))
+        self._flights.append(flight := _Flight(plan, self.profile.stream.event(), times))
         self._launch(flight, mean_tokens, watch)
         while len(self._flights) > 1:
             self._publish(watch)
@@ -701,7 +719,7 @@ class RankEngine:
         rows = flight.logits[plan.sample_at] if plan.scored else flight.logits
         flight.sampling = self.sampler.start(rows, plan.samples, words, plan.unseen)
         if self.runner.device_drafts is not None:
-            flight.proposals = self.runner.propose(plan.asks, flight.further, mean_tokens)
+            flight.proposals = self.runner.propose(plan.asks, flight.times)
             flight.done.record()
             watch.lap("drafts")
 
@@ -721,8 +739,6 @@ class RankEngine:
         assert logits is not None
         flight.done.synchronize()
         self.buffer.check(wait=False)
-        if self._costs is not None:
-            self._costs.published(plan, time.monotonic())
         watch.lap(f"device ({plan.tokens} tokens)")
         scores = [self._score(logits, chunk) for chunk in plan.scored]
         tokens = flight.sampling.finish()
@@ -739,7 +755,7 @@ class RankEngine:
         if flight.proposals is not None:
             proposed = flight.proposals.finish()
         elif self.runner.drafts is not None:
-            proposed = self._propose(plan, tokens, flight.further)
+            proposed = self._propose(plan, tokens, flight.times)
             watch.lap("drafts")
         self._flights.popleft()
         events = self.scheduler.commit(
@@ -750,16 +766,22 @@ class RankEngine:
             tokens.failed,
             proposed,
         )
+        if self._costs is not None:
+            said = sum(len(event.tokens) for event in events)
+            self._costs.published(plan, said, time.perf_counter())
         scheduler = self.scheduler
         blocks, drafts = scheduler.cache_changes(), scheduler.draft_counts()
         self.report(msg.Published(events, self._load(), blocks, plan.tokens, drafts))
         watch.lap("publish")
 
-    def _propose(self, plan: StepPlan, tokens: StepTokens, further: int) -> list[list[int]]:
-        """What the model says may follow each of plan.sampled.
+    def _propose(self, plan: StepPlan, tokens: StepTokens, times: int) -> list[list[int]]:
+        """What the model says may follow each of plan.sampled. times: see `_Flight`.
 
         Raises: CommError: the step was broken.
         """
+        if not times:
+            self.runner.leave_out_drafts(torch.from_numpy(plan.slot_mapping))
+            return []
         run = DraftRun(plan, tokens.sampled.tokens, tokens.failed)
         batch = replace(
             _batch(plan),
@@ -767,7 +789,7 @@ class RankEngine:
             sample_rows=torch.from_numpy(run.first.rows),
         )
         logits = self.runner.draft(batch)
-        for place in range(1 + further):
+        for place in range(times):
             if place:
                 step = run.further(self.config.kv_block_size)
                 logits = self.runner.draft(_further_batch(step), torch.from_numpy(step.rows))

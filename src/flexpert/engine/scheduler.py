@@ -78,7 +78,7 @@ from flexpert.engine.scheduled_sequence import ScheduledSequence
 from flexpert.engine.sequence import Sampled
 from flexpert.engine.speculation import AT_FIRST, SequenceSpeculation
 from flexpert.engine.state_slots import StatePart, StateSlots, StateStep
-from flexpert.engine.step_costs import StepCosts
+from flexpert.engine.step_costs import DraftPhases
 from flexpert.engine.step_layout import lay_out
 from flexpert.engine.step_outlook import BegunPrompt, Outlook, PromptChunk, StepRoom, outlook_after
 from flexpert.engine.step_plan import AdmittedPrompt, StepPlan
@@ -95,7 +95,7 @@ class Scheduler:
     running, waiting: how many. preemptions, prompt_tokens, cached_tokens: since the start; how
     often a sequence lost its blocks, tokens of all admitted prompts, and those found in the cache.
     clock: seconds; nothing is decided by it. speculative: how tokens are proposed; None: none are.
-    costs: of steps, by which it is decided whether that pays; None: they are those of a CPU.
+    phases: whether they are at present; None: they are, always.
     """
 
     def __init__(
@@ -103,13 +103,14 @@ class Scheduler:
         limits: EngineLimits,
         clock: Callable[[], float] = time.monotonic,
         speculative: SpeculativeSettings | None = None,
-        costs: StepCosts | None = None,
+        phases: DraftPhases | None = None,
     ) -> None:
         self.limits = limits
         self._clock = clock
         self._speculative = speculative
         self._by_model = self._speculative is not None and self._speculative.method == "mtp"
-        self._costs = costs
+        self._phases = phases
+        self._waited = False  # for a token, behind which something might be proposed
         self._likely = AT_FIRST  # how often tokens that the model proposed came true, lately
         self._drafted: DraftCounts | None = None
         self.pool = BlockPool(limits.blocks, limits.block_size, limits.prefix_cache)
@@ -424,13 +425,20 @@ class Scheduler:
         if self._by_model:  # from `min_tokens` on they may be others, wherever that is
             return first.drafts is None or not any(s.must_go_on for s in first.decoding)
         few = len(first.sampled) < self._speculative.max_rows
-        return first.drafts is None and not (
+        self._waited = (
             few
+            and self._proposes
             and any(
                 s.speculation is not None and s.speculation.expects(s.tokens)
                 for s in first.decoding
             )
         )
+        return first.drafts is None and not self._waited
+
+    @property
+    def _proposes(self) -> bool:
+        """Whether tokens are proposed in the steps that are planned now."""
+        return self._speculative is not None and (self._phases is None or self._phases.on)
 
     def plan(self) -> StepPlan:
         """The next step's work; empty if and only if there is none (`has_work`).
@@ -462,9 +470,8 @@ class Scheduler:
                 chunks.append(chunk)
         admitted = self._admit(room, chunks, now)
         drafts, asks, extra = None, list[int](), list[tuple[ScheduledSequence, int]]()
-        ahead = now.sources is not None
-        due = self._costs is None or self._costs.due(len(now.rows), ahead=ahead)
-        if self._speculative is not None and due and (self._by_model or not ahead):
+        on, ahead = self._proposes, now.sources is not None
+        if self._speculative is not None and on and (self._by_model or not ahead):
             drafts = plan_drafts(
                 now,
                 len(now.rows) + sum(chunk.end - chunk.start for chunk in chunks),
@@ -472,7 +479,6 @@ class Scheduler:
                 max_tokens=self.limits.max_tokens_per_step,
                 max_model_len=self.limits.max_model_len,
                 most=self._slots.free - len(now.rows) - len(chunks) if self._slots else None,
-                costs=self._costs,
             )
         if self._speculative is not None and self._by_model:
             asks = plan_questions(
@@ -481,7 +487,7 @@ class Scheduler:
                 self._speculative,
                 max_model_len=self.limits.max_model_len,
                 block_size=self.limits.block_size,
-                due=due,
+                on=on,
             )
         if drafts is not None or asks:
             extra = self._take_blocks(now, drafts, asks, now.running + len(admitted), blocks)
@@ -493,6 +499,8 @@ class Scheduler:
             blocks=blocks,
             drafts=drafts,
             asks=asks,
+            on=on,
+            speculates=on and (self._by_model or drafts is not None or self._waited),
             width=self._tokens_left,
             grown=grown,
             extra=extra,
@@ -502,6 +510,7 @@ class Scheduler:
             used=used,
             at_s=self._clock(),
         )
+        self._waited = False
         self._plans.append(plan)
         return plan
 

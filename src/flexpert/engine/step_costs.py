@@ -1,78 +1,138 @@
-"""Whether proposed tokens pay, by what steps have cost so far. Pure.
+"""Whether proposed tokens pay, by what steps take and say. Pure.
 
-On a GPU steps are padded to few sizes, and what a row costs depends on the model: next to nothing
-where all weights are read anyway, as much as any other where each row reads experts of its own. So
-it is measured while requests run: steps without proposed tokens, of each size, and with them. Steps
-that are launched on top of one in flight and steps that wait for its tokens are told apart.
+What a row costs depends on the device and the model: next to nothing where all weights are read
+anyway, as much as any other where each row reads experts of its own. And a layer that proposes
+costs what a layer costs. So nothing of it is assumed. Steps without either are timed, by how many
+sequences decode; and of steps with them it is known how many tokens they said, and so how long
+these would have taken without.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Final
+
+import numpy as np
 
 from flexpert.engine.step_plan import StepPlan
 from flexpert.kernels.step_shapes import graph_size
 
-_SAMPLES: Final = 4  # of a kind of step, until it is known
-_WEIGHT: Final = 0.1  # of the latest time
-_FAR: Final = 3.0  # times as long as usual: something else was the reason
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 32, 512  # steps
-_TRIAL: Final = 8  # steps after a pause, in which it is seen anew what comes true
+_ENOUGH: Final = 12  # steps with proposed tokens, until something is said of them
+_WEIGHT: Final = 0.2  # of the latest time without
+_SAVED_WEIGHT: Final = 1 / 64  # of what the latest step has saved
+_FAR: Final = 3.0  # times as long as usual: something else was the reason, and it counts as so much
+_EACH: Final = 16  # sequences up to which each number is timed for itself
+
+_SHORTEST: Final = 32  # steps in which tokens are proposed, and in which none are; the next time
+_LONGEST: Final = 512  # it is twice as long, up to this
+_TRIAL: Final = 24  # steps after a pause until it is decided again
+_BASELINE: Final = 8  # steps without, in which these are timed
+
+
+class DraftPhases:
+    """Whether tokens are proposed at all, and the draft layer is computed: in turns, the one that
+    pays for long and the other one for short, to see it anew.
+
+    It depends on nothing but what all ranks of an epoch have told each other before each step, and
+    so is the same on all of them.
+
+    on: in the next step.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """A new epoch: nobody knows anything."""
+        self.on = True
+        self._age = 0  # steps of this phase
+        self._left = self._stays = _SHORTEST  # steps of this phase; of the next one that pays
+        self._pause = _SHORTEST
+
+    def passed(self, saved: Iterable[float]) -> None:
+        """A step has begun. saved: what each rank said before it, see `StepCosts.saved`."""
+        known = [one for one in saved if not math.isnan(one)]
+        self._age += 1
+        self._left -= 1
+        if not self.on:
+            if self._left <= 0:
+                self._turn(on=True, steps=self._stays)
+        elif known and self._age >= _TRIAL and math.fsum(known) < 0:
+            self._turn(on=False, steps=self._pause)
+            self._pause = min(2 * self._pause, _LONGEST)
+            self._stays = _SHORTEST
+        elif self._left <= 0:
+            self._turn(on=False, steps=_BASELINE)
+            if known:
+                self._pause = _SHORTEST
+                self._stays = min(2 * self._stays, _LONGEST)
+
+    def _turn(self, *, on: bool, steps: int) -> None:
+        self.on, self._age, self._left = on, 0, steps
 
 
 class StepCosts:
-    """Times of steps that only decode, by rows and by the most tokens that the model proposed in
-    them for a sequence."""
+    """Times of one rank's steps that only decode."""
 
-    def __init__(self) -> None:
-        self._times: dict[tuple[bool, int, int], tuple[int, float]] = {}  # samples, seconds
-        self._wait = 0  # steps until something is proposed again
-        self._pause = _SHORTEST_PAUSE
-        self._trial = 0  # steps for which nothing is decided
+    def __init__(self, method: str) -> None:
+        """method: by which tokens are proposed."""
+        self._by_model = method == "mtp"
+        self.begin()
+
+    def begin(self) -> None:
+        """A new epoch: with other ranks steps take another time."""
+        self._usual: dict[int, float] = {}  # sequences → seconds of a step without
+        self._counts: dict[int, int] = {}
+        self._saved, self._count = 0.0, 0
+        self._before: StepPlan | None = None
         self._published_at = 0.0
 
-    def published(self, plan: StepPlan, now: float) -> None:
-        """A step is over. now: seconds, by the clock of `StepPlan.at`."""
-        ahead, proposed = plan.sources is not None, max(map(len, plan.drafts or ()), default=0)
-        if not plan.chunks and (proposed or not any(plan.asks)):
-            began = self._published_at if ahead else plan.at
-            self.note(plan.tokens, proposed, now - began, ahead=ahead)
-        self._published_at = now
+    def idle(self) -> None:
+        """The next step does not follow the last one at once."""
+        self._before = None
 
-    def note(self, rows: int, proposed: int, seconds: float, *, ahead: bool) -> None:
-        """A step took so long. ahead: it was launched on top of the one before."""
-        key = ahead, graph_size(rows), proposed
-        count, usual = self._times.get(key, (0, seconds))
-        if count >= _SAMPLES and seconds > _FAR * usual:
+    @property
+    def saved(self) -> float:
+        """Seconds that the sequences of this rank were spared in a step, together, by proposed
+        tokens, since these are proposed again; below 0 they were kept waiting. NaN: not known."""
+        if self._count >= _ENOUGH:
+            return self._saved
+        return math.nan if self._by_model else 0.0  # of a text without repetition nothing is lost
+
+    def published(self, plan: StepPlan, said: int, now: float) -> None:
+        """A step is over. said: tokens of all its sequences. now: seconds, by any clock."""
+        before, seconds = self._before, now - self._published_at
+        self._before, self._published_at = plan, now
+        if before is not None and plan.on and not before.on:
+            self._saved, self._count = 0.0, 0
+        if before is None or plan.chunks:
             return
-        weight = max(_WEIGHT, 1 / (count + 1))
-        self._times[key] = count + 1, usual + weight * (seconds - usual)
+        if plan.speculates:
+            self.note(plan.decodes, seconds, said)
+        elif not before.speculates:  # else it may have waited for that
+            self.note(plan.decodes, seconds)
 
-    def due(self, rows: int, *, ahead: bool) -> bool:
-        """Whether something may be proposed for a step of so many rows, and behind it."""
-        if self._wait:
-            self._wait -= 1
-            self._trial = _TRIAL
-            return False
-        return self._known(ahead, rows, 0) is not None
+    def note(self, sequences: int, seconds: float, said: int | None = None) -> None:
+        """A step of so many sequences took so long. said: tokens, where some might be proposed;
+        None: none was, and each sequence got one."""
+        if said is None:
+            at = sequences if sequences <= _EACH else graph_size(sequences)
+            usual, count = self._usual.get(at, seconds), self._counts.get(at, 0)
+            weight = max(_WEIGHT, 1 / (count + 1))
+            self._usual[at] = usual + weight * (min(seconds, _FAR * usual) - usual)
+            self._counts[at] = count + 1
+            return
+        without = self._without(sequences)
+        if without is not None:
+            self._count += 1
+            saved = said * without - sequences * min(seconds, _FAR * without)
+            self._saved += max(_SAVED_WEIGHT, 1 / self._count) * (saved - self._saved)
 
-    def pays(self, rows: int, drafted: int, proposed: int, hoped: float, *, ahead: bool) -> bool:
-        """Whether a step of so many rows is better computed with `drafted` more, of which `hoped`
-        may come true. proposed: at most for a sequence."""
-        without = self._known(ahead, rows, 0)
-        together = self._known(ahead, rows + drafted, proposed)
-        if self._trial:
-            self._trial -= 1
-            return True
-        if without is None or together is None:
-            return True
-        if (rows + hoped) / together > rows / without:
-            self._pause = _SHORTEST_PAUSE
-            return True
-        self._wait = self._pause
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-        return False
-
-    def _known(self, ahead: bool, rows: int, proposed: int) -> float | None:
-        count, seconds = self._times.get((ahead, graph_size(rows), proposed), (0, 0.0))
-        return seconds if count >= _SAMPLES else None
+    def _without(self, sequences: int) -> float | None:
+        """Seconds of a step of so many without proposed tokens; between two numbers that were timed
+        on the line from one to the other. None: not known."""
+        at = sorted(self._usual)
+        if not at or not at[0] <= sequences <= at[-1]:
+            return None
+        return float(np.interp(sequences, at, [self._usual[one] for one in at]))

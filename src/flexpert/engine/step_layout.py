@@ -24,6 +24,8 @@ def lay_out(
     blocks: NDArray[np.int64],
     drafts: list[list[int]] | None,
     asks: list[int],
+    on: bool,
+    speculates: bool,
     width: int,
     grown: list[tuple[ScheduledSequence, int]],
     extra: list[tuple[ScheduledSequence, int]],
@@ -40,7 +42,8 @@ def lay_out(
             decoding sequence computes next. size: tokens of a block.
         blocks: [decodes] int64, how many the decoding sequences have.
         drafts: what is proposed for each of them; None: nothing is for any.
-        asks: see `StepPlan`. width: tokens that a plan leaves on the device for each sequence.
+        asks, on, speculates: see `StepPlan`. width: tokens that a plan leaves on the device for
+            each sequence.
         states: what becomes of the states; None: there are none.
         used: blocks before the plan. at_s: when it is made.
     """
@@ -98,6 +101,8 @@ def lay_out(
         drafts=drafts,
         unseen=_unseen(now, drafts, len(samples)) if decodes else None,
         asks=asks,
+        on=on,
+        speculates=speculates,
         sampled=sampled,
         decoding=now.decoding.copy(),
         behind=now.sources,

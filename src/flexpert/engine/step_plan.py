@@ -59,7 +59,8 @@ class StepPlan:
     None: all are. Where the plan before has drafts, positions, context_len and slot_mapping of such
     rows are the least they may be: the device adds what has come true. unseen: the same of
     the samples. asks: how many tokens the model is to propose behind each of `sampled`; empty: it
-    is asked for none, ever.
+    is asked for none, ever. on: tokens are proposed in this phase (`DraftPhases`), and a draft
+    layer is computed for all rows, on all ranks. speculates: this step takes longer for it.
     """
 
     token_ids: NDArray[np.int64]
@@ -77,6 +78,8 @@ class StepPlan:
     drafts: list[list[int]] | None
     unseen: Unseen | None
     asks: list[int]
+    on: bool
+    speculates: bool
     # ---- the scheduler's
     sampled: list[ScheduledSequence] = field(repr=False)
     decoding: list[ScheduledSequence] = field(repr=False)

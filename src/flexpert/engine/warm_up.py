@@ -94,7 +94,7 @@ class WarmUp:
                     most = self._runner.device_drafts.width - 1
                     shape.drafts = _draft_rows(shape, most)
                     self._runner.forward(shape)
-                    self._runner.propose([most] * batch.sequences, most - 1)
+                    self._runner.propose([most] * batch.sequences, most)
                     continue
                 self._runner.forward(shape)
                 if self._runner.drafts is not None:

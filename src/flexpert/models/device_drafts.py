@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexpert.kernels.device_stream import DeviceStream, Replay, StreamEvent
-from flexpert.models.batch import ForwardBatch
+from flexpert.models.batch import DraftRows, ForwardBatch
 from flexpert.models.draft_layer import draft_logits, draft_states
 from flexpert.models.source import ModelInfo
 
@@ -45,6 +45,7 @@ class DeviceDrafts:
     Args:
         most_tokens, most_sequences: of a step. most_proposed: tokens for one sequence.
         sampled: int64, where the sampler leaves the tokens of a step.
+        cache: what the layer's attention keeps, as `KVCache.slots_of` gives it.
         block_size: tokens of a KV block. most_blocks: of a sequence.
         stream: of the device.
 
@@ -58,6 +59,7 @@ class DeviceDrafts:
         model: PreTrainedModel,
         info: ModelInfo,
         sampled: Tensor,
+        cache: Sequence[Tensor],
         *,
         most_tokens: int,
         most_sequences: int,
@@ -69,6 +71,7 @@ class DeviceDrafts:
         self._model = model
         self._vocab = info.vocab
         self._sampled = sampled
+        self._cache = cache
         self._size = block_size
         self.width = 1 + most_proposed
         self.sequences = 0  # of the step under way
@@ -123,11 +126,37 @@ class DeviceDrafts:
     def first(self, batch: ForwardBatch) -> Tensor:
         """Behind a step and its sampling: the layer's states of all rows → [S, hidden], those
         behind which something is proposed. batch: of the step, on the device, with `drafts`."""
-        from flexpert.kernels.cuda.drafts import judge_rows, tokens_after  # needs triton
+        from flexpert.kernels.cuda.drafts import tokens_after  # needs triton
+
+        given = self._judge(batch)
+        rows, sequences = batch.token_ids.shape[0], given.sequences.shape[1]
+        self.begin()
+        tables = batch.block_tables
+        if self.width > 2:
+            columns = min(tables.shape[1], self._tables.shape[1])
+            self._tables[:sequences, :columns] = tables[given.sequences[4], :columns]
+        tokens_after(given.sources, given.token_ids, self._sampled, self._after)
+        found = draft_states(
+            self._model, self._after[:rows], batch.positions, self._states[:rows].unsqueeze(0)
+        )
+        return self._found[:sequences].copy_(found[self._last[:sequences]])
+
+    def leave_out(self, batch: ForwardBatch) -> Tensor:
+        """In the place of `first`, where the layer is not computed: what came true is seen all the
+        same, and the layer's keys and values of these tokens are 0. Returns `left`."""
+        from flexpert.kernels.cuda.drafts import clear_rows  # needs triton
+
+        self._judge(batch)
+        for part in self._cache:
+            clear_rows(batch.slot_mapping, part)
+        return self.left
+
+    def _judge(self, batch: ForwardBatch) -> DraftRows:
+        """What was proposed, and came true."""
+        from flexpert.kernels.cuda.drafts import judge_rows  # needs triton
 
         given = batch.drafts
         assert given is not None
-        rows, sequences = batch.token_ids.shape[0], given.sequences.shape[1]
         judge_rows(
             given.sequences,
             self._sampled,
@@ -140,16 +169,7 @@ class DeviceDrafts:
             asked=self._asked,
             width=self.width,
         )
-        self.begin()
-        tables = batch.block_tables
-        if self.width > 2:
-            columns = min(tables.shape[1], self._tables.shape[1])
-            self._tables[:sequences, :columns] = tables[given.sequences[4], :columns]
-        tokens_after(given.sources, given.token_ids, self._sampled, self._after)
-        found = draft_states(
-            self._model, self._after[:rows], batch.positions, self._states[:rows].unsqueeze(0)
-        )
-        return self._found[:sequences].copy_(found[self._last[:sequences]])
+        return given
 
     def head(self, sequences: int) -> Tensor:
         """Behind `first` or `again`: [S] int64, what is proposed next."""

@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,8 +25,12 @@ class DraftSteps:
     computes the draft layer; None: transformers' modules do.
     """
 
-    def __init__(self, model: PreTrainedModel, info: ModelInfo, most_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, info: ModelInfo, cache: Sequence[Tensor], most_tokens: int
+    ) -> None:
+        """cache: what the layer's attention keeps, as `KVCache.slots_of` gives it."""
         self._model = model
+        self._cache = cache
         self._vocab = info.vocab
         self.recorded: RecordedSteps | None = None
         weight = next(model.parameters())
@@ -43,6 +48,12 @@ class DraftSteps:
         """states: [1, at least rows, hidden], of a step."""
         assert states is not None
         self.states[:rows].copy_(states[0, :rows])
+
+    def leave_out(self, slots: Tensor) -> None:
+        """The layer is not computed for tokens whose keys and values would go to `slots`, [N]
+        int64: they are 0."""
+        for part in self._cache:
+            part.index_fill_(0, slots, 0)
 
     def go_on(self, rows: Tensor) -> None:
         """Take what the layer gave of these rows, [D] int64, for another application."""

@@ -68,6 +68,15 @@ class KVCache:
                 at += _aligned(size)
             self.states.append(by_key)
 
+    def slots_of(self, layer: int) -> list[Tensor]:
+        """What an attention layer keeps, with a row for each token: [blocks * block_size, width],
+        views."""
+        keys, values = self.layers[layer]
+        parts: list[Tensor | None] = [keys, self.index_keys[layer]]
+        if values.data_ptr() != keys.data_ptr():
+            parts.append(values)
+        return [part.flatten(2).flatten(0, 1) for part in parts if part is not None]
+
     @staticmethod
     def nbytes(info: ModelInfo, blocks: int, block_size: int, slots: int = 0) -> int:
         """Bytes of memory it needs."""

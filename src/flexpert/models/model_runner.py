@@ -130,7 +130,8 @@ class ModelRunner:
         self._attention = attention
         self._indexers = indexers
         self._experts = experts
-        self._of_drafts = [routed.layer for routed in experts if routed.drafts]
+        own = sum(not routed.drafts for routed in experts)
+        self._of_drafts = range(own, len(experts))  # behind all others
         self._states = states
         self._positions = positions
         self._deterministic = deterministic
@@ -148,13 +149,14 @@ class ModelRunner:
         self._draft_graphs: DraftGraphs | None = None
         self._on_device: ForwardBatch | None = None  # of the step that was computed without a graph
         if draft_layer(model) is not None and not most_proposed:
-            self.drafts = DraftSteps(model, info, most_tokens)
+            self.drafts = DraftSteps(model, info, kv.slots_of(-1), most_tokens)
         elif draft_layer(model) is not None:
             blocks, size = kv.layers[0][0].shape[:2]
             self.device_drafts = DeviceDrafts(
                 model,
                 info,
                 self.sampled,
+                kv.slots_of(-1),
                 most_tokens=most_tokens,
                 most_sequences=most_samples,
                 most_proposed=most_proposed,
@@ -344,7 +346,7 @@ class ModelRunner:
                 max_blocks=max_blocks,
                 device=self._device,
                 states=bool(self._states),
-                after=None if drafts is None else self._first_draft,
+                after=() if drafts is None else (self._first_draft, self._leave_out),
             )
         if drafts is not None:
             sizes = sorted({shape.sequences for shape in shapes if shape.decodes})
@@ -368,6 +370,10 @@ class ModelRunner:
         assert self.device_drafts is not None
         self._bind(batch)
         return self.device_drafts.first(batch)
+
+    def _leave_out(self, batch: ForwardBatch) -> Tensor:
+        assert self.device_drafts is not None
+        return self.device_drafts.leave_out(batch)
 
     def _further_draft(self, batch: ForwardBatch) -> Tensor:
         assert self.device_drafts is not None
@@ -495,8 +501,8 @@ class ModelRunner:
     def draft(self, batch: ForwardBatch, behind: Tensor | None = None) -> Tensor:
         """[M, vocab] float32 logits of the token after the next one, of a model with `drafts`.
 
-        Behind each `forward`, on all ranks: it walks what `forward` does not of the MoE layers. And
-        as often again as they agree on, to what it has given.
+        Behind a `forward`, as often as all ranks agree on: it walks what `forward` does not of the
+        MoE layers. A second time and further it is applied to what it has given.
 
         Args:
             batch: that of `forward`, but for the tokens: those after its own; and for the rows that
@@ -521,27 +527,33 @@ class ModelRunner:
                 return logits
             return self._walk_draft(batch)
 
-    def propose(self, asked: Sequence[int], further: int, mean_tokens: int = 0) -> Proposals:
+    def leave_out_drafts(self, slots: Tensor) -> None:
+        """In the place of `draft`, where ranks agree that the draft layer is not computed: of these
+        tokens it will find keys and values of 0. slots: [N] int64, where they would have gone."""
+        assert self.drafts is not None
+        with torch.inference_mode():
+            self.drafts.leave_out(slots)
+
+    def propose(self, asked: Sequence[int], times: int) -> Proposals:
         """Behind a `forward` and the sampling of its tokens, of a model with `device_drafts`: what
         it proposes to follow them. Nothing waits for the device. All ranks walk the same exchanges.
 
         Args:
             asked: how many tokens each sequence is to be proposed, as in the batch.
-            further: how often the layer is applied again.
-            mean_tokens: as for `forward`.
+            times: how often the layer is applied, on all ranks; 0: see `leave_out_drafts`.
         """
         drafts, sequences = self.device_drafts, len(asked)
         assert drafts is not None
         with torch.inference_mode():
             if self._on_device is not None:
-                self._first_draft(self._on_device)
+                (self._first_draft if times else self._leave_out)(self._on_device)
             else:
                 assert self.graphs is not None
-                self.graphs.replay_after()
+                self.graphs.replay_after(0 if times else 1)
             most = max(asked, default=0)
             graphs = self._draft_graphs
             at = None if graphs is None else graphs.at(sequences)
-            for place in range(1 + further):
+            for place in range(times):
                 if place:
                     self._apply_again(sequences if most > place else 0, sequences)
                 if most <= place:
@@ -647,30 +659,34 @@ class ModelRunner:
         cut = pad_batch if self._pads_batches and padded else exact_batch
         return self.drafts.walk(*cut(batch))[: batch.sample_rows.shape[0]]
 
-    def forward_idle(self, mean_tokens: int = 0, further: int = 0) -> None:
-        """Take part in a step without tokens: each MoE layer in order, the draft layer's as well;
-        no attention.
+    def forward_idle(self, mean_tokens: int = 0, times: int = 0) -> None:
+        """Take part in a step without tokens: each MoE layer in order, and the draft layer's as
+        often as that is applied; no attention.
 
-        mean_tokens: as for `forward`. further: how often the draft layer is applied again.
+        mean_tokens: as for `forward`. times: see `propose`.
         """
         with torch.inference_mode(), self._mode():
             self._moe.expect(0, mean_tokens)
             if self.graphs is not None and self.graphs.idle(mean_tokens):
-                for _ in range(further):
+                if times:
+                    self.graphs.replay_after(0)
+                for _ in range(1, times):
                     self._apply_again(0, 0)
                 return
-            if self._idle is not None:
-                self._idle.walk(self._idle_layer, self._native)
-            else:
-                for index in range(len(self._experts)):
-                    self._idle_layer(index)
-            self._idle_drafts(further)
+            self._walk_idle(range(self._of_drafts.start))
+            self._idle_drafts(times)
 
     def _idle_drafts(self, times: int) -> None:
         """The draft layer's exchanges, without tokens, so often."""
         for _ in range(times):
-            for index in self._of_drafts:
-                self._idle_layer(index)
+            self._walk_idle(self._of_drafts)
+
+    def _walk_idle(self, layers: range) -> None:
+        if self._idle is not None:
+            self._idle.walk(self._idle_layer, self._native, layers)
+            return
+        for index in layers:
+            self._idle_layer(index)
 
     def _idle_layer(self, index: int) -> None:
         layer, device = self._experts[index], self._device

@@ -331,9 +331,9 @@ class IdleStep:
             dtype=np.int64,
         )
 
-    def walk(self, layer: Callable[[int], object], native: Native) -> None:
-        """layer: computes one that `native` does not."""
-        at, last = 0, len(self._words)
+    def walk(self, layer: Callable[[int], object], native: Native, layers: range) -> None:
+        """layer: computes one that `native` does not. layers: which are walked."""
+        at, last = layers.start, layers.stop
         while at < last:
             with native() as moe:
                 at = run(self._words, at, last, self._step, moe)

@@ -10,6 +10,7 @@ token. Those with prompts have others, in powers of two and halfway between.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ class _Captured:
     host: StepInputs
     replay: Replay
     logits: Tensor
-    after: Replay | None
+    after: Sequence[Replay]
 
 
 class StepGraphs:
@@ -184,8 +185,8 @@ class StepGraphs:
         max_blocks: KV blocks of the longest sequence.
         device: of the model and what it computes with.
         states: layers of the model keep states; then all shapes decode.
-        after: what a batch is given to once more, behind the sampling of its step, with `drafts`;
-            as `walk`. None: nothing is.
+        after: what a batch may be given to once more, behind the sampling of its step, with
+            `drafts`; as `walk`.
 
     Attributes:
         captures: graphs captured so far.
@@ -199,14 +200,14 @@ class StepGraphs:
         max_blocks: int,
         device: torch.device,
         states: bool = False,
-        after: Walk | None = None,
+        after: Sequence[Walk] = (),
     ) -> None:
         self.captures = 0
         self._states = states
         self._max_blocks = max_blocks
         self._after = after
         self._last: _Captured | None = None  # was replayed
-        drafts = after is not None
+        drafts = bool(after)
         most = max(StepInputs.bytes_for(shape, max_blocks, drafts=drafts) for shape in shapes)
         self._stream = stream_of(device)
         self._host = self._stream.host_buffer(most)
@@ -252,7 +253,7 @@ class StepGraphs:
             log.warning("steps that decode are launched kernel by kernel: %s", why)
 
     def _capture(self, walk: Walk, shape: GraphShape, *, warm: bool) -> _Captured:
-        drafts = self._after is not None
+        drafts = bool(self._after)
         inputs = StepInputs.over(self._device, shape, self._max_blocks, drafts=drafts)
         filled = StepInputs.over(self._host, shape, self._max_blocks, drafts=drafts)
         self._fill(filled, None)
@@ -271,8 +272,7 @@ class StepGraphs:
         )
         replay, logits = self._stream.capture(lambda: walk(batch), self._pool, warm=warm)
         self.captures += 1
-        after = self._after
-        behind = None if after is None else self.also(lambda: after(batch), warm=warm)
+        behind = [self.also(functools.partial(w, batch), warm=warm) for w in self._after]
         return _Captured(batch, filled, replay, logits, behind)
 
     def also(self, compute: Callable[[], Tensor], *, warm: bool = False) -> Replay:
@@ -282,11 +282,10 @@ class StepGraphs:
         self.captures += 1
         return replay
 
-    def replay_after(self) -> None:
-        """`after`, of the batch that was computed last."""
+    def replay_after(self, which: int) -> None:
+        """One of `after`, of the batch that was computed last."""
         assert self._last is not None
-        assert self._last.after is not None
-        self._last.after()
+        self._last.after[which]()
 
     def _chosen(self, batch: ForwardBatch | None, mean_tokens: int) -> _Captured | None:
         """The smallest that takes the batch; None: none does."""
@@ -334,8 +333,6 @@ class StepGraphs:
         captured = self._chosen(None, mean_tokens)
         if captured is not None:
             self._replay(captured, None)
-            if captured.after is not None:
-                captured.after()
         return captured is not None
 
     def _replay(self, captured: _Captured, batch: ForwardBatch | None) -> None:

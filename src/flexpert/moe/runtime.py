@@ -238,7 +238,9 @@ class MoERuntime:
             expert_ids = state.split[self._turns[: x.shape[0]], expert_ids]
         received = self.buffer.dispatch(x, expert_ids, weights, state.table)
         began = time.perf_counter()
-        y = state.experts.compute(received.x, received.offsets, apply_gate)
+        # where peers read it, if there are any
+        out = self.buffer.combine_input(received) if len(self.buffer.active) > 1 else None
+        y = state.experts.compute(received.x, received.offsets, apply_gate, out)
         if counter:
             counter.compute_s += time.perf_counter() - began
         return self.buffer.combine(y, received, reduce=self.reduce)

@@ -17,7 +17,7 @@ PHASES = ("dispatch", "combine", "vote")
 
 # what was wrong with a dispatch, a combine, and with what a dispatch brought
 NO_SUCH_EXPERT = 1
-WRONG_MODE = 1
+WRONG_MODE, WRITTEN_OVER = 1, 3
 NO_MEMORY, WRONG_PAYLOAD = -2, -3
 
 # points that are passed in an exchange that C walks, see native.c

@@ -13,9 +13,16 @@ from enum import Enum
 from typing import Any
 
 from flexpert.comm.buffer import BufferSpec, Received
-from flexpert.comm.errors import CommError, Interrupted, StaleEpoch
+from flexpert.comm.errors import CommError, Interrupted, RankLost, StaleEpoch
 from flexpert.comm.host._kernels import ffi, lib
-from flexpert.comm.host.codes import NO_MEMORY, WRONG_MODE, WRONG_PAYLOAD
+from flexpert.comm.host.codes import (
+    COMBINE,
+    NO_MEMORY,
+    PHASES,
+    WRITTEN_OVER,
+    WRONG_MODE,
+    WRONG_PAYLOAD,
+)
 from flexpert.comm.host.window import HostWindow
 from flexpert.comm.window_layout import (
     COMBINE_FLAG_AT,
@@ -24,6 +31,7 @@ from flexpert.comm.window_layout import (
     DTYPES,
     HELLO_AT,
     LEASES_AT,
+    LENT_VERSION_AT,
     RELAYED_FLAGS_AT,
     ROWS_AT,
     VOTES_AT,
@@ -98,6 +106,9 @@ class Core:
         b.ballot_bytes = -1
         b.control[rank] = self.window.control
         b.inbox[rank] = b.outbox[rank] = self.window.export_memory().at
+        b.lent[rank] = self.window.lent.data_ptr()
+        if not self.window.lends_results:
+            b.lent_results = 0
         if lib.fx_open(b) != 0:
             self.interrupt()
             self.end()
@@ -159,7 +170,10 @@ class Core:
         return self.nonsense(peer, what)
 
     def bad_results(self, why: int, peer: int) -> CommError:
-        """What a combine brought is wrong."""
+        """What a combine brought is wrong, or is not there any more."""
+        if why == WRITTEN_OVER:
+            gone_on = {peer: "went on without this rank"}
+            return RankLost((peer,), PHASES[COMBINE], self.epoch, gone_on)
         what = "another reduce mode" if why == WRONG_MODE else "a wrong number of rows"
         return self.nonsense(peer, what)
 
@@ -210,6 +224,9 @@ def _describe(b: Any, rank: int, spec: BufferSpec, nonce: bytes) -> None:
         "relayed_flags_at": RELAYED_FLAGS_AT,
         "rows_at": ROWS_AT,
         "results_at": where.results_at,
+        "lent_version_at": LENT_VERSION_AT,
+        "lent_results_at": where.lent_results_at,
+        "lent_results": where.lent_results,
         "partials_at": where.partials_at,
         "partial_stride": where.partial_stride,
     }

@@ -103,7 +103,7 @@ class HostBuffer(Buffer):
         self._changes = changes = Changes(core, members, remote)
         self._connector = Connector(core, changes, remote, greeting=greeting, store=store)
         self._votes = Votes(core, members, changes, remote, waiter)
-        self._exchange = HostExchange(core, changes, remote, waiter, members.relays)
+        self._exchange = HostExchange(core, changes, members, remote, waiter)
         self._native = NativeExchanges(core, changes, members, waiter)
 
     @property

@@ -29,10 +29,11 @@ from flexpert.comm.host.codes import (
     DISPATCH,
     NO_SUCH_EXPERT,
     PHASES,
+    WRITTEN_OVER,
 )
 from flexpert.comm.host.core import Core, State
 from flexpert.comm.host.host_received import HostReceived, Payload, Workspaces, payload_of
-from flexpert.comm.host.relays import Relays
+from flexpert.comm.host.members import Members
 from flexpert.comm.host.remote import Remote
 from flexpert.comm.host.waits import Waiter
 from flexpert.comm.routing import check_dispatch, check_table
@@ -53,13 +54,14 @@ class HostExchange:
     """The methods of `Buffer` with the same names; see there for arguments and errors."""
 
     def __init__(
-        self, core: Core, changes: Changes, remote: Remote, waiter: Waiter, relays: Relays
+        self, core: Core, changes: Changes, members: Members, remote: Remote, waiter: Waiter
     ) -> None:
         self._core = core
         self._changes = changes
+        self._members = members
         self._remote = remote
         self._waiter = waiter
-        self._relays = relays
+        self._lends = False  # what `combine_input` gave last
         self._exchanges = 0
         # reused by every exchange
         self._bad = ffi.new("int64_t *")
@@ -122,7 +124,11 @@ class HostExchange:
         return _Hook(receive)
 
     def _quantise(self, x: torch.Tensor, payload: Payload) -> torch.Tensor:
-        wire = self._rooms.room(x.shape[0], align(payload.bytes, LINE), "wire")
+        rows, size = x.shape[0], align(payload.bytes, LINE)
+        if lib.fx_room_for_tokens(self._core.b):
+            wire = self._core.window.lent[: rows * size].view(rows, size)
+        else:
+            wire = self._rooms.room(rows, size, "wire")
         lib.fx_quantise(
             x.data_ptr(),
             DTYPES[x.dtype],
@@ -152,7 +158,7 @@ class HostExchange:
                 )
             core.state = State.BROKEN
             masked = self._waiter.wait(DISPATCH, timeout_s)
-            self._relays.open()
+            self._members.relays.open()
             offsets = torch.empty(slots + 1, dtype=torch.int32, device="cpu")
             pairs: int = lib.fx_receive(core.b, slots, offsets.data_ptr(), self._bad)
             if pairs < 0:
@@ -165,10 +171,16 @@ class HostExchange:
     # ---- combine ------------------------------------------------------------------------------
 
     def combine_input(self, received: Received) -> torch.Tensor:
-        spec = self._core.spec
+        core = self._core
+        spec, where = core.spec, core.window.layout
         rows = received.weights.shape[0]
-        raw = self._rooms.room(rows, spec.hidden * spec.dtype.itemsize, "y")
-        return raw.view(spec.dtype)
+        with core.exchanging:
+            if core.holds(received):  # else peers may be reading what was lent
+                self._lends = lib.fx_room_for_results(core.b, rows) != 0
+        if self._lends:
+            raw = core.window.lent[where.lent_results_at :][: rows * where.row_bytes]
+            return raw.view(spec.dtype).view(rows, spec.hidden)
+        return self._rooms.room(rows, where.row_bytes, "y").view(spec.dtype)
 
     def begin_combine(
         self,
@@ -225,9 +237,10 @@ class HostExchange:
                 )
             core.state = State.BROKEN
             self._waiter.wait(COMBINE, timeout_s)
-            why = lib.fx_reduce(core.b, y.data_ptr(), out.data_ptr(), home, self._bad)
-            if why:
-                raise core.bad_results(why, self._bad[0])
+            while why := lib.fx_reduce(core.b, y.data_ptr(), out.data_ptr(), home, self._bad):
+                if why != WRITTEN_OVER or not core.lenient:
+                    raise core.bad_results(why, self._bad[0])
+                self._members.drop([self._bad[0]])
             core.state = State.BETWEEN
             return out
 

@@ -28,6 +28,21 @@
  * B may still be reading, and A must first see B's vote of the new epoch; host_exchange.py
  * insists.
  *
+ * Lent rows. Ranks of one machine do not send each other rows. A rank keeps a token's payload once,
+ * in its own window, whoever wants it, and the results of its experts where these have written them;
+ * peers have both mapped to read. What is written into a peer's window is of each row the meta, and
+ * of each result where it lies. The home of a token adds up what it finds there, rounding where a
+ * partial sum would have been rounded on its way: with the same bits as if it had been sent.
+ *   - A lends payloads n+1 after it has combine n from all to whom it lent n: they send it after
+ *     they have read payloads n. A lends results n+1 after it has dispatch n+1 from all to whom it
+ *     lent n: they send it after they have reduced combine n. A vote says both.
+ *   - Who was dropped in between may still read. For as long as anybody is waited for, nothing is
+ *     lent then: rows are sent, as to another machine, and the reader finds the old ones.
+ *   - One that has slept for longer would read results that have been written over. So A counts a
+ *     version up before it does that, the flag of its combine says which one it lends, and a home
+ *     looks at it again after it has added up: it does not take a sum of which it was not that one.
+ *     Payloads need no such count: what a dropped rank makes of them goes to nobody.
+ *
  * Beats. A rank that waits for long says so in the second word of its hellos (epoch, count). Who
  * runs out of time does not blame those: they wait as well, for a third one, and not for ever.
  *
@@ -85,6 +100,8 @@ typedef struct {
     int64_t doorbell_at, waiters_at, leases_at;
     int64_t hello_at, votes_at, dispatch_flag_at, combine_flag_at, relayed_flags_at, rows_at,
         results_at, partials_at, partial_stride;
+    int64_t lent_version_at, lent_results_at;
+    int64_t lent_results; /* rows there is room for; 0: results are not lent */
     uint8_t nonce[16]; /* of the own window */
     int32_t lenient;   /* experts without an active owner are skipped and counted */
 
@@ -99,6 +116,7 @@ typedef struct {
     uintptr_t control[256]; /* control part of the window of rank i (the own one, too); 0 remote */
     uintptr_t inbox[256];   /* own window: place of source i */
     uintptr_t outbox[256];  /* window of rank i: place of this rank; 0 not exported yet */
+    uintptr_t lent[256];    /* window of rank i: the rows that it lends; 0 remote */
     uint8_t remote[256];
 
     /* two levels, of this epoch; see gateways.py */
@@ -118,6 +136,9 @@ typedef struct {
     uint8_t owed[256]; /* FX_OWED_*: to be sent once the link is up */
     uint8_t due[256];  /* FX_DUE_*: to be sent over NIXL */
     uint8_t come[256]; /* by this wait */
+    uint8_t reads_tokens[256], reads_results[256]; /* were lent to it, and it may not be through */
+    int64_t unlent_until_ns; /* somebody may read what was lent to him before he was dropped */
+    uint8_t lends_tokens, lends_results; /* in the dispatch, in the combine under way */
     uint32_t beat;     /* how often this rank has said that it waits */
     int32_t to_open;   /* a peer has exported its place by now: Python should map it */
 
@@ -152,6 +173,7 @@ typedef struct {
     uintptr_t dispatch_flag[256];         /* the flag that has come */
     uintptr_t from_place[256];            /* where its rows lie: as far from here as from a place */
     int32_t from_merged[256];             /* merged rows of it, also those for siblings; -1 direct */
+    uint8_t from_lent[256];               /* its payloads are lent */
     uint8_t merging;                      /* as a gateway: sums of siblings are to be answered */
     uint8_t home;                         /* the mode of the combine under way */
     int64_t plan_rows;
@@ -189,6 +211,10 @@ void fx_unmap(uintptr_t at, int64_t size);
 int fx_punch(int fd, int64_t offset, int64_t size);
 void fx_export_place(fx_buffer *b, int source, int64_t place, const char *nonce);
 int64_t fx_exported_place(fx_buffer *b, int peer);
+void fx_leave_lent(fx_buffer *b, int64_t for_ns);
+uintptr_t fx_room_for_tokens(fx_buffer *b);
+uintptr_t fx_room_for_results(fx_buffer *b, int64_t rows);
+int fx_forget_lent(fx_buffer *b);
 
 void fx_begin_epoch(fx_buffer *b, uint32_t epoch);
 void fx_unmask(fx_buffer *b, int peer);
@@ -228,9 +254,9 @@ enum { FX_OK = 0, FX_TIMEOUT = 1, FX_INTERRUPTED = 2, FX_AGAIN = 3, FX_RUNG = 4,
 enum { FX_DISPATCH = 0, FX_COMBINE = 1, FX_VOTE = 2 };
 enum { FX_BF16 = 0, FX_FP16 = 1, FX_FP32 = 2 };
 enum { FX_NO_SUCH_EXPERT = 1, FX_NO_OWNER = 2 };
-enum { FX_WRONG_MODE = 1, FX_WRONG_ROWS = 2 };
+enum { FX_WRONG_MODE = 1, FX_WRONG_ROWS = 2, FX_WRITTEN_OVER = 3 };
 enum { FX_NONSENSE = -1, FX_NO_MEMORY = -2, FX_WRONG_PAYLOAD = -3 };
-enum { FX_GONE_RESTARTED = 4 }; /* 1 to 3: see codes.py */
+enum { FX_GONE_ENDED = 1, FX_GONE_RESTARTED = 4 }; /* the others: see codes.py */
 enum { FX_OWED_DISPATCH = 1, FX_OWED_VOTE = 2 };
 enum { FX_DUE_HELLO = 1, FX_DUE_VOTE = 2, FX_DUE_DISPATCH = 4, FX_DUE_COMBINE = 8 };
 
@@ -239,6 +265,7 @@ enum { FX_DUE_HELLO = 1, FX_DUE_VOTE = 2, FX_DUE_DISPATCH = 4, FX_DUE_COMBINE = 
 #define FX_MAX_TOPK 64
 #define FX_MAX_SLOT 32767
 #define FX_MERGED 0x100u /* in the mode of a flag: for or from all ranks of a machine */
+#define FX_LENT 0x200u   /* in the mode of a flag: rows are read where the sender has them */
 
 typedef struct {
     uint64_t tag;
@@ -412,6 +439,59 @@ void fx_set_gone(fx_buffer *b, int peer, int why) {
 
 int fx_gone(fx_buffer *b, int peer) {
     return (int)__atomic_load_n(&b->gone[peer], __ATOMIC_SEQ_CST);
+}
+
+/* ---- rows that are lent --------------------------------------------------------------------- */
+
+static uint32_t *lent_version_of(const fx_buffer *b, int rank) {
+    return (uint32_t *)(b->control[rank] + (uintptr_t)b->lent_version_at);
+}
+
+/* Ranks that are not active any more may be reading what was lent to them: nothing is written over
+ * for a while, unless their processes have ended. */
+void fx_leave_lent(fx_buffer *b, int64_t for_ns) {
+    for (int peer = 0; peer < 256; peer++) {
+        if (b->is_active[peer] || !(b->reads_tokens[peer] | b->reads_results[peer])) continue;
+        b->reads_tokens[peer] = b->reads_results[peer] = 0;
+        int64_t until = now_ns() + for_ns;
+        if (fx_gone(b, peer) != FX_GONE_ENDED && until > b->unlent_until_ns)
+            b->unlent_until_ns = until;
+    }
+}
+
+static int may_lend(fx_buffer *b) {
+    if (b->unlent_until_ns && now_ns() >= b->unlent_until_ns) b->unlent_until_ns = 0;
+    return !b->unlent_until_ns;
+}
+
+static int lends_to(const fx_buffer *b, int peer) { return peer != b->rank && !b->remote[peer]; }
+
+static int has_borrowers(const fx_buffer *b) {
+    for (int i = 0; i < b->active_count; i++)
+        if (lends_to(b, b->active[i])) return 1;
+    return 0;
+}
+
+/* Between two exchanges: where payloads of the next dispatch may be written, so that they are not
+ * copied; or 0. */
+uintptr_t fx_room_for_tokens(fx_buffer *b) {
+    return has_borrowers(b) && may_lend(b) ? b->lent[b->rank] : 0;
+}
+
+/* After the waiting half of a dispatch: where its results may be written, so that peers read them
+ * there; or 0: anywhere, and they are sent. */
+uintptr_t fx_room_for_results(fx_buffer *b, int64_t rows) {
+    if (rows > b->lent_results || !has_borrowers(b) || !may_lend(b)) return 0;
+    __atomic_fetch_add(lent_version_of(b, b->rank), 1, __ATOMIC_SEQ_CST);
+    return b->lent[b->rank] + (uintptr_t)b->lent_results_at;
+}
+
+/* Whether the memory of the lent rows may be given back, as far as peers of this epoch and of those
+ * before it are concerned. */
+int fx_forget_lent(fx_buffer *b) {
+    if (has_borrowers(b) || !may_lend(b)) return 0;
+    __atomic_fetch_add(lent_version_of(b, b->rank), 1, __ATOMIC_SEQ_CST);
+    return 1;
 }
 
 /* ---- lines: what a source tells the owner of a window --------------------------------------- */
@@ -696,6 +776,8 @@ int fx_wait(fx_buffer *b, int what, int64_t begun_ns, int64_t deadline_ns, int64
             int gateway_gone = gateway >= 0 && fx_gone(b, gateway);
             if (has_come(b, source, what)) {
                 b->come[source] = 1;
+                if (what != FX_DISPATCH) b->reads_tokens[source] = 0;
+                if (what != FX_COMBINE) b->reads_results[source] = 0;
                 if (what == FX_VOTE) continue;
                 if (what == FX_DISPATCH) relay_dispatch(b, source);
                 if (!now) now = now_ns();
@@ -874,7 +956,6 @@ static inline float to_fp32(float f) { return f; }
         }                                                                                         \
     }
 
-FX_SUM(sum_bf16, uint16_t, uint16_t, from_bf16, to_bf16)
 FX_SUM(sum_fp16, uint16_t, uint16_t, from_fp16, to_fp16)
 FX_SUM(sum_fp32, float, float, from_fp32, to_fp32)
 FX_SUM(partial_bf16, uint16_t, float, from_bf16, to_fp32)
@@ -886,6 +967,125 @@ static void fill_four(const uint8_t **rows, float *weights, int n) {
     for (int j = n; j < 4; j++) {
         rows[j] = NULL;
         weights[j] = 0.0f;
+    }
+}
+
+/* What a token's home reads of its results: rows and weights of one partial sum after the other;
+ * ends: where each of them ends. */
+typedef struct {
+    const uint8_t *rows[FX_MAX_TOPK + 4];
+    float weights[FX_MAX_TOPK + 4];
+    int ends[FX_MAX_TOPK];
+    int count, sums;
+} fx_terms;
+
+/* out = the sum of partial sums, each rounded as if it had been sent as a row, from +0. */
+#define FX_SUM_OF_SUMS(name, type, load, store)                                                   \
+    FX_CLONES static void name(uint8_t *restrict out_at, const fx_terms *terms, int hidden) {     \
+        type *restrict out = (type *)out_at;                                                      \
+        float total[FX_BLOCK], sum[FX_BLOCK];                                                     \
+        for (int at = 0; at < hidden; at += FX_BLOCK) {                                           \
+            int size = hidden - at < FX_BLOCK ? hidden - at : FX_BLOCK;                           \
+            for (int i = 0; i < size; i++) total[i] = 0.0f;                                       \
+            for (int s = 0, j = 0; s < terms->sums; s++) {                                        \
+                for (int i = 0; i < size; i++) sum[i] = 0.0f;                                     \
+                for (; j < terms->ends[s]; j++) {                                                 \
+                    const type *row = (const type *)terms->rows[j] + at;                          \
+                    float weight = terms->weights[j];                                             \
+                    for (int i = 0; i < size; i++) sum[i] += weight * load(row[i]);               \
+                }                                                                                 \
+                for (int i = 0; i < size; i++) total[i] += load(store(sum[i]));                   \
+            }                                                                                     \
+            for (int i = 0; i < size; i++) out[at + i] = store(total[i]);                         \
+        }                                                                                         \
+    }
+
+FX_SUM_OF_SUMS(sums_fp16, uint16_t, from_fp16, to_fp16)
+FX_SUM_OF_SUMS(sums_fp32, float, from_fp32, to_fp32)
+
+/* bf16 by words of two: the lower one is shifted up, the upper one is a float but for the bits below
+ * it. No memory between: a sum of 32 columns lies in registers, whatever number of rows it has. */
+typedef float fx_floats __attribute__((vector_size(32)));
+typedef uint32_t fx_words __attribute__((vector_size(32)));
+
+#define FX_UPPER 0xFFFF0000u
+#define FX_TO_UPPER(u) (((u) + (((u) >> 16) & 1u) + 0x7FFFu) & FX_UPPER)
+
+/* Half of the columns each: lower and upper ones of two vectors. */
+typedef struct {
+    fx_floats low[2], up[2];
+} fx_columns;
+
+static inline __attribute__((always_inline)) void add_bf16(fx_columns *sum, const uint8_t *row,
+                                                           float weight) {
+    for (int v = 0; v < 2; v++) {
+        fx_words words;
+        memcpy(&words, row + v * sizeof words, sizeof words);
+        sum->low[v] += weight * (fx_floats)(words << 16);
+        sum->up[v] += weight * (fx_floats)(words & FX_UPPER);
+    }
+}
+
+/* Of a NaN no bit is below the upper half, as long as there is none in a weight that is NaN. */
+static inline __attribute__((always_inline)) void add_rounded(fx_columns *total,
+                                                              const fx_columns *sum) {
+    for (int v = 0; v < 2; v++) {
+        total->low[v] += (fx_floats)FX_TO_UPPER((fx_words)sum->low[v]);
+        total->up[v] += (fx_floats)FX_TO_UPPER((fx_words)sum->up[v]);
+    }
+}
+
+static inline __attribute__((always_inline)) void store_bf16(uint8_t *out, const fx_columns *sum) {
+    const fx_words nan = {0x7FC00000u, 0x7FC00000u, 0x7FC00000u, 0x7FC00000u,
+                          0x7FC00000u, 0x7FC00000u, 0x7FC00000u, 0x7FC00000u};
+    for (int v = 0; v < 2; v++) {
+        fx_words low_nan = (fx_words)(sum->low[v] != sum->low[v]);
+        fx_words up_nan = (fx_words)(sum->up[v] != sum->up[v]);
+        fx_words low = FX_TO_UPPER((fx_words)sum->low[v]), up = FX_TO_UPPER((fx_words)sum->up[v]);
+        low = (low & ~low_nan) | (nan & low_nan);
+        up = (up & ~up_nan) | (nan & up_nan);
+        fx_words words = (low >> 16) | up;
+        memcpy(out + v * sizeof words, &words, sizeof words);
+    }
+}
+
+#define FX_COLUMNS 32
+
+FX_CLONES static void sum_bf16(uint8_t *restrict out, const uint8_t *const *rows,
+                               const float *weights, int n, int hidden) {
+    int i = 0;
+    for (; i + FX_COLUMNS <= hidden; i += FX_COLUMNS) {
+        fx_columns sum = {0};
+        for (int j = 0; j < n; j++) add_bf16(&sum, rows[j] + 2 * i, weights[j]);
+        store_bf16(out + 2 * i, &sum);
+    }
+    for (; i < hidden; i++) {
+        float sum = 0.0f;
+        for (int j = 0; j < n; j++) sum += weights[j] * from_bf16(((const uint16_t *)rows[j])[i]);
+        ((uint16_t *)out)[i] = to_bf16(sum);
+    }
+}
+
+FX_CLONES static void sums_bf16(uint8_t *restrict out, const fx_terms *terms, int hidden) {
+    int i = 0;
+    for (; i + FX_COLUMNS <= hidden; i += FX_COLUMNS) {
+        fx_columns total = {0};
+        for (int s = 0, j = 0; s < terms->sums; s++) {
+            fx_columns sum = {0};
+            for (; j < terms->ends[s]; j++) add_bf16(&sum, terms->rows[j] + 2 * i, terms->weights[j]);
+            add_rounded(&total, &sum);
+        }
+        store_bf16(out + 2 * i, &total);
+    }
+    for (; i < hidden; i++) {
+        float total = 0.0f;
+        for (int s = 0, j = 0; s < terms->sums; s++) {
+            float sum = 0.0f;
+            for (; j < terms->ends[s]; j++)
+                sum += terms->weights[j] * from_bf16(((const uint16_t *)terms->rows[j])[i]);
+            total += from_bf16(to_bf16(sum));
+        }
+        ((uint16_t *)out)[i] = to_bf16(total);
     }
 }
 
@@ -922,6 +1122,17 @@ static void sum_rows(const fx_buffer *b, uint8_t *out, const uint8_t **rows, flo
         sum_fp16(out, rows, weights, n, b->hidden);
     else
         sum_fp32(out, rows, weights, n, b->hidden);
+}
+
+static void sum_of_sums(const fx_buffer *b, uint8_t *out, fx_terms *terms) {
+    for (int j = 0; j < terms->count; j++)
+        if (terms->weights[j] != terms->weights[j]) terms->weights[j] = bits_to_float(0x7FC00000u);
+    if (b->dtype == FX_BF16)
+        sums_bf16(out, terms, b->hidden);
+    else if (b->dtype == FX_FP16)
+        sums_fp16(out, terms, b->hidden);
+    else
+        sums_fp32(out, terms, b->hidden);
 }
 
 /* ---- dispatch ------------------------------------------------------------------------------- */
@@ -1022,9 +1233,26 @@ static int64_t wire_stride(const fx_buffer *b) {
     return b->meta_bytes + (b->payload_bytes + FX_LINE - 1) / FX_LINE * FX_LINE;
 }
 
-static void send_rows(fx_buffer *b, int to) {
+static int64_t lent_stride(const fx_buffer *b) { return wire_stride(b) - b->meta_bytes; }
+
+/* Once each, the payloads that peers of this machine want. */
+static void lend_payloads(fx_buffer *b) {
+    uint8_t *out = (uint8_t *)b->lent[b->rank];
+    int64_t stride = lent_stride(b);
+    if ((uintptr_t)out == b->payload) return; /* written there */
+    for (int t = 0; t < b->tokens; t++) {
+        const int32_t *dest = b->dest + (size_t)t * (size_t)b->topk;
+        int wanted = 0;
+        for (int j = 0; j < b->dests[t]; j++) wanted |= lends_to(b, dest[j]);
+        if (wanted)
+            memcpy(out + t * stride, (const uint8_t *)b->payload + t * b->payload_stride,
+                   (size_t)b->payload_bytes);
+    }
+}
+
+static void send_rows(fx_buffer *b, int to, int lent) {
     uint8_t *row = (uint8_t *)b->outbox[to] + b->rows_at;
-    int64_t stride = wire_stride(b);
+    int64_t stride = lent ? b->meta_bytes : wire_stride(b);
     int32_t results = 0;
     for (int r = 0; r < b->sent_rows[to]; r++, row += stride) {
         int32_t t = b->sent[b->sent_at[to] + r];
@@ -1038,11 +1266,11 @@ static void send_rows(fx_buffer *b, int to) {
             weights[j] = here ? b->weight[first + j] : 0.0f;
             if (here) b->result[first + j] = results++;
         }
-        if (to != b->rank) /* own rows are read where they are */
+        if (to != b->rank && !lent) /* own rows are read where they are */
             memcpy(row + b->meta_bytes, (const uint8_t *)b->payload + t * b->payload_stride,
                    (size_t)b->payload_bytes);
     }
-    if (to != b->rank) b->bytes_sent[to] += stride * b->sent_rows[to];
+    if (to != b->rank) b->bytes_sent[to] += wire_stride(b) * b->sent_rows[to];
 }
 
 static void send_merged_rows(fx_buffer *b, int gateway) {
@@ -1073,16 +1301,18 @@ static void send_merged_rows(fx_buffer *b, int gateway) {
 
 static void send_dispatch(fx_buffer *b, int to) {
     int gateway = b->via_out[to], merged = gateway == to;
+    int lent = b->lends_tokens && lends_to(b, to);
     b->exchanges[to]++;
     if (gateway >= 0 && !merged) return; /* its rows are among those for the gateway */
     if (merged)
         send_merged_rows(b, to);
     else
-        send_rows(b, to);
+        send_rows(b, to, lent);
+    b->reads_tokens[to] |= (uint8_t)lent;
     b->wire_rows[to] = merged ? b->merged_rows[to] : b->sent_rows[to];
     raise_flag(b, to, b->dispatch_flag_at, (uint32_t)b->wire_rows[to],
-               (uint32_t)b->payload_kind | (merged ? FX_MERGED : 0), (uint32_t)b->payload_bytes,
-               FX_DUE_DISPATCH);
+               (uint32_t)b->payload_kind | (merged ? FX_MERGED : 0) | (lent ? FX_LENT : 0),
+               (uint32_t)b->payload_bytes, FX_DUE_DISPATCH);
 }
 
 /* Nothing is written to a peer unless all ids are good. Returns 0 or why not, with *bad = expert. */
@@ -1103,6 +1333,8 @@ int fx_send_dispatch(fx_buffer *b, uintptr_t payload, int64_t stride, int64_t by
     plan_merged(b);
     memset(b->come, 0, sizeof b->come);
     memset(b->dispatch_flag, 0, sizeof b->dispatch_flag);
+    b->lends_tokens = fx_room_for_tokens(b) != 0;
+    if (b->lends_tokens) lend_payloads(b);
     for (int n = 0; n < b->active_count; n++) {
         int to = nth_peer(b, n);
         b->owed[to] = b->up[to] ? 0 : FX_OWED_DISPATCH;
@@ -1135,7 +1367,7 @@ static int grow_plan(fx_buffer *b, int64_t rows, int slots) {
 }
 
 /* Copy a row's meta into the plan. `merged`: its entries for siblings are left out. Returns how many
- * are for this rank, or FX_NONSENSE. */
+ * are for this rank, or FX_NONSENSE. A payload that is lent lies where the token says. */
 static int take_row(fx_buffer *b, int64_t row, uint8_t *meta, int merged, int slots,
                     int32_t *offsets) {
     size_t first = (size_t)row * (size_t)b->topk;
@@ -1143,6 +1375,7 @@ static int take_row(fx_buffer *b, int64_t row, uint8_t *meta, int merged, int sl
     uint8_t owner_of[FX_MAX_TOPK];
     int here = 0;
     memcpy(b->place_token + row, meta, sizeof *b->place_token);
+    if (b->place_token[row] < 0 || b->place_token[row] >= b->max_tokens) return FX_NONSENSE;
     memcpy(b->place_weight + first, meta_weights(meta), (size_t)b->topk * sizeof(float));
     memcpy(slot_of, meta_slots(b, meta), (size_t)b->topk * sizeof *slot_of);
     if (merged) memcpy(owner_of, meta_owners(b, meta), (size_t)b->topk);
@@ -1165,7 +1398,7 @@ static int take_row(fx_buffer *b, int64_t row, uint8_t *meta, int merged, int sl
 int64_t fx_receive(fx_buffer *b, int slots, uintptr_t offsets_at, int64_t *bad) {
     int32_t *offsets = (int32_t *)offsets_at;
     int32_t count_of[256];
-    int64_t most = 0, rows = 0, stride = wire_stride(b);
+    int64_t most = 0, rows = 0;
     for (int i = 0; i < b->active_count; i++) {
         int source = b->active[i];
         const fx_flag *flag = (const fx_flag *)b->dispatch_flag[source];
@@ -1173,7 +1406,7 @@ int64_t fx_receive(fx_buffer *b, int slots, uintptr_t offsets_at, int64_t *bad) 
         int merged = (mode & FX_MERGED) != 0;
         int direct_flag = flag == flag_from(b, source, b->dispatch_flag_at);
         *bad = source;
-        if ((mode & ~FX_MERGED) != (uint32_t)b->payload_kind ||
+        if ((mode & ~(FX_MERGED | FX_LENT)) != (uint32_t)b->payload_kind ||
             flag->bytes != (uint32_t)b->payload_bytes)
             return FX_WRONG_PAYLOAD;
         if (count > (uint32_t)b->max_tokens) return FX_NONSENSE;
@@ -1185,6 +1418,8 @@ int64_t fx_receive(fx_buffer *b, int slots, uintptr_t offsets_at, int64_t *bad) 
             return FX_NONSENSE;
         b->from_place[source] = direct_flag ? b->inbox[source] : b->gateway_inbox[source];
         if (!b->from_place[source]) return FX_NONSENSE;
+        b->from_lent[source] = (mode & FX_LENT) != 0;
+        if (b->from_lent[source] && (merged || !lends_to(b, source))) return FX_NONSENSE;
         b->from_merged[source] = merged ? (int32_t)count : -1;
         count_of[source] = (int32_t)count;
         most += count;
@@ -1193,6 +1428,7 @@ int64_t fx_receive(fx_buffer *b, int slots, uintptr_t offsets_at, int64_t *bad) 
     memset(offsets, 0, (size_t)(slots + 1) * sizeof *offsets);
     for (int i = 0; i < b->active_count; i++) {
         int source = b->active[i], merged = b->from_merged[source] >= 0;
+        int64_t stride = b->from_lent[source] ? b->meta_bytes : wire_stride(b);
         uint8_t *meta = (uint8_t *)b->from_place[source] + b->rows_at;
         *bad = source;
         b->from_at[source] = (int32_t)rows;
@@ -1217,16 +1453,18 @@ void fx_index(fx_buffer *b, uintptr_t weights_at, uintptr_t sources_at, uintptr_
               uintptr_t rows_at) {
     float *weights = (float *)weights_at;
     int32_t *sources = (int32_t *)sources_at, *tokens = (int32_t *)tokens_at;
-    int64_t *rows = (int64_t *)rows_at, stride = wire_stride(b);
+    int64_t *rows = (int64_t *)rows_at;
     for (int i = 0; i < b->active_count; i++) {
-        int source = b->active[i], own = source == b->rank;
+        int source = b->active[i], own = source == b->rank, lent = b->from_lent[source];
+        uintptr_t place = own    ? b->payload
+                          : lent ? b->lent[source]
+                                 : b->from_place[source] + (uintptr_t)(b->rows_at + b->meta_bytes);
+        int64_t stride = own ? b->payload_stride : lent ? lent_stride(b) : wire_stride(b);
         for (int r = 0; r < b->from_rows[source]; r++) {
             size_t row = (size_t)(b->from_at[source] + r), first = row * (size_t)b->topk;
             int32_t t = own ? b->sent[b->sent_at[source] + r] : b->place_token[row];
-            uintptr_t payload = own ? b->payload + (uintptr_t)(t * b->payload_stride)
-                                    : b->from_place[source] +
-                                          (uintptr_t)(b->rows_at + b->place_row[row] * stride +
-                                                      b->meta_bytes);
+            uintptr_t payload =
+                place + (uintptr_t)((own || lent ? t : b->place_row[row]) * stride);
             for (int j = 0; j < b->topk; j++) {
                 int32_t slot = b->place[first + j];
                 if (slot < 0) continue;
@@ -1289,6 +1527,18 @@ static void send_results(fx_buffer *b, int to, const uint8_t *y, int home) {
     if (to != b->rank) b->bytes_sent[to] += (int64_t)stride * count;
 }
 
+/* Of each result, in the order in which `send_results` with `home` has them, which of the lent rows
+ * it is. */
+static void lend_results(fx_buffer *b, int to) {
+    int32_t *at = (int32_t *)(b->outbox[to] + (uintptr_t)b->results_at);
+    const int32_t *place = b->place + (size_t)b->from_at[to] * (size_t)b->topk;
+    size_t pairs = (size_t)b->from_rows[to] * (size_t)b->topk;
+    for (size_t i = 0; i < pairs; i++)
+        if (place[i] >= 0) *at++ = place[i];
+    b->reads_results[to] = 1;
+    b->bytes_sent[to] += b->result_stride * b->from_rows[to];
+}
+
 /* For what came merged: sums in float32, each at the index of its merged row, in the own outbox,
  * where the gateway takes them. */
 static void leave_partials(fx_buffer *b, int source, const uint8_t *y) {
@@ -1306,6 +1556,8 @@ void fx_send_combine(fx_buffer *b, uintptr_t y, int home) {
     memset(b->come, 0, sizeof b->come);
     b->home = (uint8_t)home;
     b->merging = 0;
+    b->lends_results = y == b->lent[b->rank] + (uintptr_t)b->lent_results_at && may_lend(b);
+    uint32_t version = *lent_version_of(b, b->rank);
     for (int n = 0; n < b->active_count && !home; n++) {
         int source = b->active[n];
         if (b->from_merged[source] < 0) continue;
@@ -1315,10 +1567,13 @@ void fx_send_combine(fx_buffer *b, uintptr_t y, int home) {
     for (int n = 0; n < b->active_count; n++) {
         int to = nth_peer(b, n);
         if (!home && b->from_merged[to] >= 0) continue; /* the gateway answers */
-        if (to != b->rank || !home) /* own rows are summed from y itself */
+        int lent = b->lends_results && lends_to(b, to);
+        if (lent)
+            lend_results(b, to);
+        else if (to != b->rank) /* own rows are summed from y itself */
             send_results(b, to, (const uint8_t *)y, home);
-        raise_flag(b, to, b->combine_flag_at, (uint32_t)b->from_rows[to], (uint32_t)home, 0,
-                   FX_DUE_COMBINE);
+        raise_flag(b, to, b->combine_flag_at, (uint32_t)b->from_rows[to],
+                   (uint32_t)home | (lent ? FX_LENT : 0), version, FX_DUE_COMBINE);
     }
 }
 
@@ -1372,7 +1627,7 @@ static int answer_merged(fx_buffer *b) {
         if (!b->come[b->siblings[i]]) return 0;
     b->merging = 0;
     for (int i = 0; i < b->sibling_count; i++)
-        if (flag_from(b, b->siblings[i], b->combine_flag_at)->mode != 0) return 0;
+        if (flag_from(b, b->siblings[i], b->combine_flag_at)->mode & ~FX_LENT) return 0;
     for (int i = 0; i < b->active_count; i++) {
         int to = b->active[i];
         if (b->via_in[to] == b->rank && b->from_merged[to] >= 0) send_merged_results(b, to);
@@ -1387,50 +1642,121 @@ void fx_set_weights(fx_buffer *b, uintptr_t weights, int k) {
                (size_t)k * sizeof(float));
 }
 
+/* The result of a pair at its owner, own or lent; or NULL: there is none. */
+static const uint8_t *result_of(const fx_buffer *b, int owner, size_t pair, uintptr_t y) {
+    size_t at = (size_t)b->result[pair];
+    if (owner == b->rank) return (const uint8_t *)y + at * (size_t)b->row_bytes;
+    int32_t there;
+    memcpy(&there, (const int32_t *)(b->inbox[owner] + (uintptr_t)b->results_at) + at,
+           sizeof there);
+    if (there < 0 || there >= b->lent_results) return NULL;
+    return (const uint8_t *)b->lent[owner] + b->lent_results_at +
+           (size_t)there * (size_t)b->row_bytes;
+}
+
+/* Each partial sum of a token: by the rank that has the results, where it lends them, else read.
+ * Returns a rank that says nonsense, or -1. */
+static int terms_of_ranks(const fx_buffer *b, int t, uintptr_t y, const uint8_t *is_lent,
+                          const uint8_t *is_merged, fx_terms *terms) {
+    size_t first = (size_t)t * (size_t)b->topk;
+    int n = 0, sums = 0;
+    for (int j = 0; j < b->dests[t]; j++) {
+        int32_t owner = b->dest[first + j];
+        int32_t row = is_merged[owner] ? b->merged_row[first + j] : b->dest_row[first + j];
+        if (!b->is_active[owner] || row < 0) continue;
+        if (owner == b->rank || is_lent[owner]) {
+            for (int k = 0; k < b->topk; k++) {
+                if (b->owner[first + k] != owner) continue;
+                terms->rows[n] = result_of(b, owner, first + k, y);
+                if (!terms->rows[n]) return owner;
+                terms->weights[n++] = b->weight[first + k];
+            }
+        } else {
+            int from = is_merged[owner] ? b->via_out[owner] : owner;
+            terms->rows[n] = (const uint8_t *)b->inbox[from] + b->results_at +
+                             (size_t)row * (size_t)b->result_stride;
+            terms->weights[n++] = 1.0f;
+        }
+        terms->ends[sums++] = n;
+    }
+    terms->count = n;
+    terms->sums = sums;
+    return -1;
+}
+
+/* The same with a single sum, in router order. */
+static int terms_at_home(const fx_buffer *b, int t, uintptr_t y, const uint8_t *is_lent,
+                         fx_terms *terms) {
+    size_t first = (size_t)t * (size_t)b->topk;
+    int n = 0;
+    for (int j = 0; j < b->topk; j++) {
+        int32_t owner = b->owner[first + j];
+        if (owner < 0) continue;
+        terms->rows[n] = owner == b->rank || is_lent[owner]
+                             ? result_of(b, owner, first + j, y)
+                             : (const uint8_t *)b->inbox[owner] + b->results_at +
+                                   (size_t)b->result[first + j] * (size_t)b->result_stride;
+        if (!terms->rows[n]) return owner;
+        terms->weights[n++] = b->weight[first + j];
+    }
+    terms->count = n;
+    return -1;
+}
+
+/* Whether a rank has gone on, and written over what it had lent for this combine. */
+static int written_over(const fx_buffer *b, const uint8_t *is_lent, int64_t *bad) {
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+    for (int i = 0; i < b->active_count; i++) {
+        int source = b->active[i];
+        *bad = source;
+        if (is_lent[source] && __atomic_load_n(lent_version_of(b, source), __ATOMIC_ACQUIRE) !=
+                                   flag_from(b, source, b->combine_flag_at)->bytes)
+            return 1;
+    }
+    return 0;
+}
+
 /* After fx_wait: the sums of all tokens. Returns 0, or what is wrong with peer *bad. What a rank
  * that was masked meanwhile owes is left out and marked as lost. */
 int fx_reduce(fx_buffer *b, uintptr_t y, uintptr_t out, int home, int64_t *bad) {
     uint8_t is_merged[256] = {0}; /* its results are in those of its gateway */
+    uint8_t is_lent[256] = {0};
     for (int i = 0; i < b->active_count; i++) {
         int source = b->active[i];
         int gateway = b->via_out[source], merged = has_merged_results(b, gateway);
         const fx_flag *flag = flag_from(b, merged ? gateway : source, b->combine_flag_at);
         *bad = merged ? gateway : source;
-        if (flag->mode != (merged ? FX_MERGED : (uint32_t)home) || (merged && home))
+        int lent = !merged && lends_to(b, source) && (flag->mode & FX_LENT);
+        if (flag->mode != (merged ? FX_MERGED : (uint32_t)home | (lent ? FX_LENT : 0)) ||
+            (merged && home))
             return FX_WRONG_MODE;
         if (flag->rows != (uint32_t)(merged ? b->merged_rows[gateway] : b->sent_rows[source]))
             return FX_WRONG_ROWS;
         is_merged[source] = (uint8_t)merged;
+        is_lent[source] = (uint8_t)lent;
     }
-    size_t stride = (size_t)b->result_stride;
     b->lost_pairs = 0;
     for (int t = 0; t < b->tokens; t++) {
         size_t first = (size_t)t * (size_t)b->topk;
-        const uint8_t *rows[FX_MAX_TOPK];
-        float weights[FX_MAX_TOPK];
-        int n = 0;
+        uint8_t *sum = (uint8_t *)out + (size_t)t * (size_t)b->row_bytes;
+        fx_terms terms;
         for (int j = 0; j < b->topk; j++) {
             int32_t owner = b->owner[first + j];
             if (owner >= 0 && !b->is_active[owner]) owner = b->owner[first + j] = -3 - owner;
             b->lost_pairs += owner < -1;
-            if (!home || owner < 0) continue;
-            size_t at = (size_t)b->result[first + j];
-            rows[n] = owner == b->rank
-                          ? (const uint8_t *)y + at * (size_t)b->row_bytes
-                          : (const uint8_t *)b->inbox[owner] + b->results_at + at * stride;
-            weights[n++] = b->weight[first + j];
         }
-        for (int j = 0; !home && j < b->dests[t]; j++) {
-            int32_t owner = b->dest[first + j];
-            int32_t row = is_merged[owner] ? b->merged_row[first + j] : b->dest_row[first + j];
-            if (!b->is_active[owner] || row < 0) continue;
-            int from = is_merged[owner] ? b->via_out[owner] : owner;
-            rows[n] = (const uint8_t *)b->inbox[from] + b->results_at + (size_t)row * stride;
-            weights[n++] = 1.0f;
+        int liar = home ? terms_at_home(b, t, y, is_lent, &terms)
+                        : terms_of_ranks(b, t, y, is_lent, is_merged, &terms);
+        if (liar >= 0) {
+            *bad = liar;
+            return FX_WRONG_ROWS;
         }
-        sum_rows(b, (uint8_t *)out + (size_t)t * (size_t)b->row_bytes, rows, weights, n);
+        if (home)
+            sum_rows(b, sum, terms.rows, terms.weights, terms.count);
+        else
+            sum_of_sums(b, sum, &terms);
     }
-    return 0;
+    return written_over(b, is_lent, bad) ? FX_WRITTEN_OVER : 0;
 }
 
 /* After fx_reduce: weight [tokens], choices [tokens, k] and ranks [256] of what is lost. */

@@ -88,6 +88,11 @@ class ShmLink:
         return self._theirs.control
 
     @property
+    def lent(self) -> int:
+        """Where the rows that the peer lends are mapped."""
+        return self._theirs.lent
+
+    @property
     def outbox(self) -> int:
         """0 until `open_place`."""
         return self._theirs.place
@@ -110,7 +115,7 @@ class NixlLink:
     """A peer on another machine, or one that is to be treated so."""
 
     remote = True
-    control = 0
+    control = lent = 0
 
     def __init__(
         self, peer: int, address: WindowAddress, endpoint: nixl.Endpoint, spec: BufferSpec

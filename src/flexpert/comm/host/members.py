@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from flexpert.comm.errors import CommError
 from flexpert.comm.host._kernels import ffi, lib
+from flexpert.comm.host.arguments import limit_ns
 from flexpert.comm.host.codes import BROKEN_LINK, MASKED, RESTARTED
 from flexpert.comm.host.core import Core
 from flexpert.comm.host.gateways import TwoLevelPlan, plan_gateways
@@ -42,6 +43,7 @@ class Members:
         self.active = ids
         self._use_active()
         self._use_plan(self._plan())
+        self._leave_lent()
         lib.fx_begin_epoch(self._core.b, epoch)
 
     def install(self, link: Link) -> None:
@@ -52,6 +54,7 @@ class Members:
             self.parted.discard(peer)
             b.inbox[peer] = link.inbox.at
             b.control[peer] = link.control
+            b.lent[peer] = link.lent
             b.outbox[peer] = link.outbox
             b.remote[peer] = link.remote
             b.own_gen[peer] = b.peer_gen[peer] = b.up[peer] = b.due[peer] = 0
@@ -64,9 +67,11 @@ class Members:
         if self.installed.get(peer) is link:
             self.relays.forget(peer)
             del self.installed[peer]
-            b.inbox[peer] = b.outbox[peer] = b.control[peer] = 0
+            b.inbox[peer] = b.outbox[peer] = b.control[peer] = b.lent[peer] = 0
             b.up[peer] = b.remote[peer] = b.due[peer] = 0
             self.drop([peer])
+            if all(other.remote for other in self.installed.values()) and lib.fx_forget_lent(b):
+                self._core.window.empty_lent()
 
     def drop(self, ranks: Iterable[int]) -> None:
         """Mask ranks now."""
@@ -80,6 +85,7 @@ class Members:
                 core.set_gone(peer, 0)
         self.active = tuple(rank for rank in self.active if rank not in dropped)
         self._use_active()
+        self._leave_lent()
 
     def take_in(self, ranks: Iterable[int]) -> None:
         """Unmask ranks now; those that are active stay as they are."""
@@ -144,6 +150,10 @@ class Members:
             self._use_plan(replace(plan, out={}, into=into))
         else:
             self._use_plan(TwoLevelPlan())
+
+    def _leave_lent(self) -> None:
+        """Ranks that take part no more may still read what was lent to them."""
+        lib.fx_leave_lent(self._core.b, limit_ns(self._core.timeout_s))
 
     def _use_active(self) -> None:
         b = self._core.b

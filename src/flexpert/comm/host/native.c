@@ -40,9 +40,10 @@ static int wait_for_all(fx_buffer *b, int what) {
     return fx_ask(b->python, what, begun_ns) ? stopped(b, what, 0, 0) : 0;
 }
 
-/* Memory for the rows of a dispatch: addresses and what comes with them, then x and y. */
-static uint8_t *native_room(fx_buffer *b, int64_t pairs) {
-    const int64_t size = pairs * (20 + 2 * b->row_bytes) + 128;
+/* Memory for the rows of a dispatch: addresses and what comes with them, then x, and y if that is not
+ * lent. */
+static uint8_t *native_room(fx_buffer *b, int64_t pairs, int arrays) {
+    const int64_t size = pairs * (20 + arrays * b->row_bytes) + 128;
     if (size > b->native_size) {
         free(b->native_memory);
         b->native_size = 0;
@@ -54,10 +55,12 @@ static uint8_t *native_room(fx_buffer *b, int64_t pairs) {
 
 /* After fx_receive: the rows through the experts here, and back. */
 static int compute_and_answer(fx_buffer *b, const fx_layer *layer, const int32_t *offsets, int64_t pairs) {
-    uint8_t *memory = native_room(b, pairs);
+    const int64_t array = (pairs * b->row_bytes + 63) / 64 * 64;
+    uint8_t *lent = (uint8_t *)fx_room_for_results(b, pairs);
+    uint8_t *memory = native_room(b, pairs, lent ? 1 : 2);
     if (!memory) return stopped(b, FX_DISPATCH, FX_NO_MEMORY, b->rank);
-    uint8_t *x = memory, *y = x + (pairs * b->row_bytes + 63) / 64 * 64;
-    int64_t *rows = (int64_t *)(y + (pairs * b->row_bytes + 63) / 64 * 64);
+    uint8_t *x = memory, *y = lent ? lent : x + array;
+    int64_t *rows = (int64_t *)(x + (lent ? 1 : 2) * array);
     float *weights = (float *)(rows + pairs);
     int32_t *sources = (int32_t *)(weights + pairs), *tokens = sources + pairs;
     fx_index(b, (uintptr_t)weights, (uintptr_t)sources, (uintptr_t)tokens, (uintptr_t)rows);

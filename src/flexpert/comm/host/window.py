@@ -8,6 +8,7 @@ import secrets
 from dataclasses import dataclass
 
 import msgspec
+import torch
 
 from flexpert.comm.buffer import BufferSpec
 from flexpert.comm.errors import CommError, PeerUnreachable
@@ -65,6 +66,20 @@ def map_part(fd: int, offset: int, size: int) -> int:
     return at
 
 
+def _map_to_read(fd: int, offset: int, size: int) -> int:
+    at = int(lib.fx_map_to_read(fd, offset, size))
+    if at == 0:
+        raise CommError(f"cannot map {size} bytes of a window: {os.strerror(ffi.errno)}")
+    return at
+
+
+def _map_lent(fd: int, size: int) -> torch.Tensor:
+    """The own lent rows, mapped for as long as any tensor of them lives."""
+    at = map_part(fd, CONTROL_BYTES, size)
+    mapped = ffi.gc(ffi.cast("char *", at), lambda _: lib.fx_unmap(at, size))
+    return torch.frombuffer(ffi.buffer(mapped, size), dtype=torch.uint8)
+
+
 @dataclass(frozen=True, slots=True)
 class WindowPlace:
     """The part of the own window that one source may write: its number and where it is mapped."""
@@ -80,7 +95,7 @@ class HostWindow:
         """group: see `WindowAddress`."""
         self.layout: WindowLayout = layout(spec)
         nonce = secrets.token_bytes(NONCE_BYTES)
-        self.fd = memfd.create(MEMFD_NAME, CONTROL_BYTES)
+        self.fd = memfd.create(MEMFD_NAME, self.layout.place_at(0))
         os.pwrite(self.fd, _header(spec_hash(spec), nonce, rank), MAGIC_AT)
         self.address = WindowAddress(
             boot_id=boot_id(),
@@ -93,6 +108,12 @@ class HostWindow:
             group=group,
         )
         self.control = map_part(self.fd, 0, CONTROL_BYTES)
+        self.lends_results = memfd.overcommits()
+        """Whether results may be lent: their part is sparse, and mostly never touched."""
+        if not self.lends_results:
+            memfd.reserve(self.fd, CONTROL_BYTES, self.layout.lent_results_at)
+        self.lent = _map_lent(self.fd, self.layout.lent_bytes)
+        """uint8 [lent_bytes]; outlives the window with whoever has a tensor in it."""
         self._places: dict[int, WindowPlace] = {}
         self._next = 0
 
@@ -122,6 +143,11 @@ class HostWindow:
         lib.fx_unmap(place.at, self.layout.place_bytes)
         lib.fx_punch(self.fd, self.layout.place_at(place.number), self.layout.place_bytes)
 
+    def empty_lent(self) -> None:
+        """Give the memory of the lent rows back, unless it is reserved; they are zeros then."""
+        if self.lends_results:
+            lib.fx_punch(self.fd, CONTROL_BYTES, self.layout.lent_bytes)
+
     def memory_bytes(self) -> int:
         """Memory the window takes now."""
         return os.fstat(self.fd).st_blocks * 512
@@ -131,12 +157,13 @@ class HostWindow:
             lib.fx_unmap(place.at, self.layout.place_bytes)
         self._places.clear()
         lib.fx_unmap(self.control, CONTROL_BYTES)
+        self.lent = self.lent.new_empty(0)
         os.close(self.fd)
 
 
 class PeerWindow:
-    """A peer's window, as far as this rank may touch it: its control part and the place exported to
-    it.
+    """A peer's window, as far as this rank may touch it: its control part, the rows that it lends
+    (to read), and the place exported to this rank.
 
     Opening the control part never waits; the place is there once the peer has connected, too.
     """
@@ -151,13 +178,14 @@ class PeerWindow:
         self.number = -1
         self.place = 0
         self._peer, self._spec = peer, spec
+        self._layout = layout(spec)
         self._fd = _open(peer, address, spec)
         try:
             self.control = map_part(self._fd, 0, CONTROL_BYTES)
+            self.lent = _map_to_read(self._fd, CONTROL_BYTES, self._layout.lent_bytes)
         except CommError:
             os.close(self._fd)
             raise
-        self._layout = layout(spec)
 
     def open_place(self, number: int) -> int:
         """Map the place that was exported, instead of one that was exported before; the descriptor
@@ -182,6 +210,7 @@ class PeerWindow:
     def close(self) -> None:
         self._close_fd()
         lib.fx_unmap(self.control, CONTROL_BYTES)
+        lib.fx_unmap(self.lent, self._layout.lent_bytes)
         if self.place:
             lib.fx_unmap(self.place, self._layout.place_bytes)
 
@@ -211,7 +240,7 @@ def _open(peer: int, address: WindowAddress, spec: BufferSpec) -> int:
         header_at=MAGIC_AT,
     )
     try:
-        if os.fstat(fd).st_size < CONTROL_BYTES:
+        if os.fstat(fd).st_size < layout(spec).place_at(0):
             raise PeerUnreachable(f"{where} has a window of an unexpected size")
     except BaseException:
         os.close(fd)

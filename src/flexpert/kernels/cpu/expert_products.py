@@ -84,25 +84,31 @@ class LayerExperts:
         """Of gate_up and down, for our kernels; None: there are no experts, or torch computes."""
         return None if self._up is None or self._down is None else (self._up, self._down)
 
-    def compute(self, x: Tensor, offsets: Tensor, apply_gate: Gate) -> Tensor:
+    def compute(
+        self, x: Tensor, offsets: Tensor, apply_gate: Gate, out: Tensor | None = None
+    ) -> Tensor:
         """Each row through its expert.
 
         Args:
             x: [rows, hidden], sorted by slot.
             offsets: [slots + 1] int32; rows of slot s are offsets[s] … offsets[s+1]-1.
             apply_gate: [rows, 2 * inter] → [rows, inter]; the model's own, called once.
+            out: [rows, hidden] of x's dtype, contiguous, to fill; None: new.
 
         Returns:
             [rows, hidden], in x's order and dtype.
         """
+        y = x.new_empty(x.shape) if out is None else out
         if x.shape[0] == 0:
-            return x.new_empty(x.shape)
+            return y
         if self._up is None or self._down is None:
-            return self._compute_by_torch(x, offsets, apply_gate)
+            return self._compute_by_torch(x, offsets, apply_gate, y)
         x = x.contiguous()
         split = self._split(x, offsets)
-        hidden = self._linear(self._up, x, offsets, split)
-        return self._linear(self._down, apply_gate(hidden).contiguous(), offsets, split)
+        hidden = x.new_empty((x.shape[0], self._up.out_features))
+        self._linear(self._up, x, offsets, split, hidden)
+        self._linear(self._down, apply_gate(hidden).contiguous(), offsets, split, y)
+        return y
 
     def _split(self, x: Tensor, offsets: Tensor) -> list[tuple[int, int, int]]:
         """The pieces of x to give to torch: (slot, first row, rows), of sizes in `library_rows`."""
@@ -121,12 +127,13 @@ class LayerExperts:
 
     @staticmethod
     def _linear(
-        table: ops.WeightTable, x: Tensor, offsets: Tensor, split: list[tuple[int, int, int]]
-    ) -> Tensor:
-        """`table.linear`, with the pieces in `split` done by torch."""
-        if not split:
-            return table.linear(x, offsets)
-        y = x.new_empty((x.shape[0], table.out_features))
+        table: ops.WeightTable,
+        x: Tensor,
+        offsets: Tensor,
+        split: list[tuple[int, int, int]],
+        y: Tensor,
+    ) -> None:
+        """`table.linear_ranges` of all rows, with the pieces in `split` done by torch."""
         begins = offsets[:-1].clone()
         whole_of, whole = -1, x
         for slot, begin, size in split:
@@ -138,9 +145,8 @@ class LayerExperts:
                 y[rows] += table.biases[slot]
             begins[slot] = begin + size
         table.linear_ranges(x, begins, offsets[1:], y)
-        return y
 
-    def _compute_by_torch(self, x: Tensor, offsets: Tensor, apply_gate: Gate) -> Tensor:
+    def _compute_by_torch(self, x: Tensor, offsets: Tensor, apply_gate: Gate, y: Tensor) -> Tensor:
         """As `compute`, for dtypes and devices that our kernels do not know."""
         bounds = offsets.tolist()
         pieces = [x[a:b] for a, b in pairwise(bounds)]
@@ -155,5 +161,6 @@ class LayerExperts:
             [
                 F.linear(gated[a:b], e.down, e.down_bias)
                 for (a, b), e in zip(pairwise(bounds), self.experts, strict=True)
-            ]
+            ],
+            out=y,
         )

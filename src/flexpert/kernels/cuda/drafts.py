@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 _ROWS = 64  # of a program
+_COLUMNS = 1024  # of a program
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "stride"])
@@ -178,6 +179,24 @@ def tokens_after(sources: Tensor, token_ids: Tensor, sampled: Tensor, result: Te
     _tokens_after[(max(1, triton.cdiv(count, _ROWS)),)](
         sources, token_ids, sampled, result, count, ROWS=_ROWS
     )
+
+
+@triton.jit(do_not_specialize=["width"])
+def _clear_rows(slots, cache, width, COLUMNS: tl.constexpr):
+    slot = tl.load(slots + tl.program_id(0))
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    ok = (column < width) & (slot >= 0)
+    nothing = tl.zeros([COLUMNS], dtype=cache.dtype.element_ty)
+    tl.store(cache + slot * width + column, nothing, mask=ok)
+
+
+def clear_rows(slots: Tensor, cache: Tensor) -> None:
+    """cache[slots] ← 0. slots: [N] int64, of negative ones nothing is written. cache: [all slots,
+    width], contiguous."""
+    rows, width = slots.shape[0], cache.shape[1]
+    grid = (rows, triton.cdiv(width, _COLUMNS))
+    if rows:
+        _clear_rows[grid](slots, cache, width, COLUMNS=_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["sequences", "columns", "stride"])
