@@ -154,14 +154,14 @@ def test_it_answers_as_a_cpu_does_in_graphs_and_when_a_step_is_broken(
 ) -> None:
     how = SpeculativeSettings(method="mtp", num_speculative_tokens=4)
     monkeypatch.setattr(InterpreterProfile, "measures_steps", True)
-    monkeypatch.setattr(DraftPhases, "passed", in_turns(8, 3))
+    monkeypatch.setattr(DraftPhases, "passed", in_turns(4, 2))
     shapes = [GraphShape(size, size) for size in (1, 2, 4, 8)] + [GraphShape(24, 8)]
     monkeypatch.setattr(InterpreterProfile, "graph_shapes", lambda *_: shapes)
     source = ModelSource.open(str(model), dtype="float32", drafts=True)
     config = CPU.model_copy(update={"device": "cuda", "speculate": how})
     found = answers(source, config, 9)
     assert found.tokens == expected.tokens
-    assert found.ahead > 3
-    assert found.left_out > 3
-    assert found.drafts.accepted[0] > 5
+    assert found.ahead > 2
+    assert found.left_out > 2
+    assert found.drafts.accepted[0] > 3
     assert found.drafts.accepted[1] > 0
