@@ -213,7 +213,7 @@ def flag(tag: int, rows: int, mode: int, row_bytes: int = 0) -> bytes:
     return struct.pack("=QIII", tag, rows, mode, row_bytes)
 
 
-LENT = 0x200  # in the mode of a flag, see kernels.c
+SHARED = 0x200  # in the mode of a flag, see kernels.c
 
 
 def slots_of_row(spec: BufferSpec, row: int) -> int:
@@ -291,7 +291,7 @@ def test_random_bytes_in_all_that_a_peer_may_write_never_crash_the_owner(local: 
             at = one._core.b.outbox[0] + ROWS_AT + row * where.meta_bytes
             poke(at, struct.pack("=i", token))
         rows = int(torch.randint(0, 6, (1,), generator=generator))
-        tag, mode = local.epoch << 32 | 1, LENT * (turn % 2)
+        tag, mode = local.epoch << 32 | 1, SHARED * (turn % 2)
         poke(one._core.b.outbox[0] + DISPATCH_FLAG_AT, flag(tag, rows, mode, where.row_bytes))
         try:
             got = dispatch(zero, sent[0], 1.0)

@@ -19,13 +19,13 @@ from flexpert.comm.window_layout import (
     HELLO_AT,
     LEASE_BYTES,
     LEASES_AT,
-    LENT_VERSION_AT,
     LINE,
     LINK_MEMORY_AT,
     MAX_CAPACITY,
     PAGE,
     RELAYED_FLAGS_AT,
     ROWS_AT,
+    SHARED_VERSION_AT,
     VOTE_LINES,
     VOTES_AT,
     layout,
@@ -52,7 +52,7 @@ def test_parts_of_a_window_do_not_overlap_and_rows_start_on_cache_lines(spec: Bu
     assert DISPATCH_FLAG_AT + LINE <= COMBINE_FLAG_AT <= RELAYED_FLAGS_AT - LINE
     assert RELAYED_FLAGS_AT + MAX_CAPACITY * LINE <= ROWS_AT
     assert LEASES_AT + MAX_CAPACITY * LEASE_BYTES <= LINK_MEMORY_AT
-    assert LINK_MEMORY_AT + MAX_CAPACITY * LINE <= LENT_VERSION_AT <= CONTROL_BYTES - LINE
+    assert LINK_MEMORY_AT + MAX_CAPACITY * LINE <= SHARED_VERSION_AT <= CONTROL_BYTES - LINE
     assert 8 + spec.topk * (4 + 2 + 1) <= where.meta_bytes
     assert where.row_bytes <= where.result_stride < where.row_bytes + LINE
     rows = spec.max_tokens * (where.meta_bytes + where.result_stride)
@@ -65,11 +65,11 @@ def test_parts_of_a_window_do_not_overlap_and_rows_start_on_cache_lines(spec: Bu
     assert where.partials_at + partials <= where.place_bytes
     assert ROWS_AT % LINE == where.meta_bytes % LINE == where.result_stride % LINE == 0
     assert CONTROL_BYTES % PAGE == where.results_at % PAGE == where.place_bytes % PAGE == 0
-    assert where.lent_results_at % PAGE == where.lent_bytes % PAGE == 0
-    assert spec.max_tokens * where.result_stride <= where.lent_results_at
-    lent = where.lent_results * where.row_bytes
-    assert where.lent_results_at + lent <= where.lent_bytes
-    assert where.place_at(0) == CONTROL_BYTES + where.lent_bytes
+    assert where.shared_results_at % PAGE == where.shared_bytes % PAGE == 0
+    assert spec.max_tokens * where.result_stride <= where.shared_results_at
+    shared = where.shared_results * where.row_bytes
+    assert where.shared_results_at + shared <= where.shared_bytes
+    assert where.place_at(0) == CONTROL_BYTES + where.shared_bytes
     assert where.place_at(spec.capacity) == size_bytes(spec)
 
 

@@ -201,8 +201,8 @@ class Statistics:
     """Sums over the life of a buffer; differences of two tell about the time between.
 
     exchanges: dispatches that were begun.
-    bytes_sent: id → payload bytes of rows written for that peer, or lent to it (own id: 0); rows
-        that several ranks of another machine share count for the one that gets them.
+    bytes_sent: id → payload bytes of rows written for that peer, or shared with it (own id: 0);
+        rows that several ranks of another machine share count for the one that gets them.
     dispatch_wait_ns, combine_wait_ns: id → nanoseconds from the begin of a wait until that peer's
         flag was seen; the peer with the largest value is the slow one.
     waited_ns: "dispatch", "combine" → nanoseconds in such waits, for all peers together.

@@ -8,8 +8,8 @@ A window is one sparse file that only grows:
       leases          [256]         for each source: the place exported to it, and to which process
       link memory     [256]         for each peer on another machine: where the memory of the link
                                     to it lies, for siblings (see host/relays.py)
-      version                       of the lent results, see kernels.c
-    lent rows                     what peers read where the owner wrote it; none of them writes here
+      version                       of the shared results, see kernels.c
+    shared rows                   what peers read where the owner wrote it; only the owner writes
       tokens        [max_tokens]    payloads of a dispatch, by token
       results       [4 * max_tokens * topk]  of the owner's experts
     places                        page-aligned; each mapped by the owner and by one source
@@ -19,12 +19,12 @@ A window is one sparse file that only grows:
         dispatch, combine flag        tag, rows, mode, bytes of a row
         relayed flags [256]           dispatch flags of other ranks that the source hands on
       rows            [max_tokens]  meta and payload of one token, together, so that what a source
-                                    sends is one piece; without the payload where that is lent
+                                    sends is one piece; without the payload where that is shared
         meta                          token index, router weights [topk] float32, slots [topk]
                                       int16, owners [topk] uint8
         payload                       hidden state, quantised or not, or any bytes
       results         [max_tokens * topk]  what the source returns in combine, packed, or where
-                                    among its lent results each lies (int32); in the
+                                    among its shared results each lies (int32); in the
                                     memory of a link, behind max_tokens of them, also what a gateway
                                     adds up: partial sums [max_tokens] in float32
 
@@ -65,10 +65,10 @@ WAITERS_AT = 128
 LEASES_AT = 256
 LEASE_BYTES = 32
 LINK_MEMORY_AT = LEASES_AT + MAX_CAPACITY * LEASE_BYTES
-LENT_VERSION_AT = LINK_MEMORY_AT + MAX_CAPACITY * LINE
-CONTROL_BYTES = -(-(LENT_VERSION_AT + LINE) // PAGE) * PAGE
+SHARED_VERSION_AT = LINK_MEMORY_AT + MAX_CAPACITY * LINE
+CONTROL_BYTES = -(-(SHARED_VERSION_AT + LINE) // PAGE) * PAGE
 
-LENT_SHARE = 4  # lent results, in times max_tokens * topk: of a rank with that share of all of them
+RESULTS_SHARE = 4  # shared results, in times max_tokens * topk: for a rank with so large a part
 
 # A place, bytes from its start.
 VOTE_LINES = 4
@@ -124,13 +124,13 @@ class WindowLayout:
     partials_at: int
     partial_stride: int  # of a sum in float32
     place_bytes: int
-    lent_results: int  # rows
-    lent_results_at: int  # from the start of the lent rows, which begin behind the control part
-    lent_bytes: int
+    shared_results: int  # rows
+    shared_results_at: int  # from the start of the shared rows, which begin behind the control part
+    shared_bytes: int
 
     def place_at(self, place: int) -> int:
         """From the start of the window."""
-        return CONTROL_BYTES + self.lent_bytes + place * self.place_bytes
+        return CONTROL_BYTES + self.shared_bytes + place * self.place_bytes
 
 
 def layout(spec: BufferSpec) -> WindowLayout:
@@ -143,8 +143,8 @@ def layout(spec: BufferSpec) -> WindowLayout:
         results = max(results, result_stride + partial_stride)
     meta_bytes = align(8 + 7 * spec.topk, LINE)
     results_at = align(ROWS_AT + spec.max_tokens * (meta_bytes + result_stride), PAGE)
-    lent_results = LENT_SHARE * spec.max_tokens * spec.topk
-    lent_results_at = align(spec.max_tokens * result_stride, PAGE)
+    shared_results = RESULTS_SHARE * spec.max_tokens * spec.topk
+    shared_results_at = align(spec.max_tokens * result_stride, PAGE)
     return WindowLayout(
         row_bytes=row_bytes,
         meta_bytes=meta_bytes,
@@ -153,9 +153,9 @@ def layout(spec: BufferSpec) -> WindowLayout:
         partials_at=results_at + spec.max_tokens * result_stride,
         partial_stride=partial_stride,
         place_bytes=align(results_at + spec.max_tokens * results, PAGE),
-        lent_results=lent_results,
-        lent_results_at=lent_results_at,
-        lent_bytes=align(lent_results_at + lent_results * row_bytes, PAGE),
+        shared_results=shared_results,
+        shared_results_at=shared_results_at,
+        shared_bytes=align(shared_results_at + shared_results * row_bytes, PAGE),
     )
 
 

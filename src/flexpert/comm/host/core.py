@@ -31,9 +31,9 @@ from flexpert.comm.window_layout import (
     DTYPES,
     HELLO_AT,
     LEASES_AT,
-    LENT_VERSION_AT,
     RELAYED_FLAGS_AT,
     ROWS_AT,
+    SHARED_VERSION_AT,
     VOTES_AT,
     WAITERS_AT,
     check_spec,
@@ -106,9 +106,9 @@ class Core:
         b.ballot_bytes = -1
         b.control[rank] = self.window.control
         b.inbox[rank] = b.outbox[rank] = self.window.export_memory().at
-        b.lent[rank] = self.window.lent.data_ptr()
-        if not self.window.lends_results:
-            b.lent_results = 0
+        b.shared[rank] = self.window.shared.data_ptr()
+        if not self.window.shares_results:
+            b.shared_results = 0
         if lib.fx_open(b) != 0:
             self.interrupt()
             self.end()
@@ -224,9 +224,9 @@ def _describe(b: Any, rank: int, spec: BufferSpec, nonce: bytes) -> None:
         "relayed_flags_at": RELAYED_FLAGS_AT,
         "rows_at": ROWS_AT,
         "results_at": where.results_at,
-        "lent_version_at": LENT_VERSION_AT,
-        "lent_results_at": where.lent_results_at,
-        "lent_results": where.lent_results,
+        "shared_version_at": SHARED_VERSION_AT,
+        "shared_results_at": where.shared_results_at,
+        "shared_results": where.shared_results,
         "partials_at": where.partials_at,
         "partial_stride": where.partial_stride,
     }

@@ -61,7 +61,7 @@ class HostExchange:
         self._members = members
         self._remote = remote
         self._waiter = waiter
-        self._lends = False  # what `combine_input` gave last
+        self._shares = False  # what `combine_input` gave last
         self._exchanges = 0
         # reused by every exchange
         self._bad = ffi.new("int64_t *")
@@ -126,7 +126,7 @@ class HostExchange:
     def _quantise(self, x: torch.Tensor, payload: Payload) -> torch.Tensor:
         rows, size = x.shape[0], align(payload.bytes, LINE)
         if lib.fx_room_for_tokens(self._core.b):
-            wire = self._core.window.lent[: rows * size].view(rows, size)
+            wire = self._core.window.shared[: rows * size].view(rows, size)
         else:
             wire = self._rooms.room(rows, size, "wire")
         lib.fx_quantise(
@@ -175,10 +175,10 @@ class HostExchange:
         spec, where = core.spec, core.window.layout
         rows = received.weights.shape[0]
         with core.exchanging:
-            if core.holds(received):  # else peers may be reading what was lent
-                self._lends = lib.fx_room_for_results(core.b, rows) != 0
-        if self._lends:
-            raw = core.window.lent[where.lent_results_at :][: rows * where.row_bytes]
+            if core.holds(received):  # else peers may be reading what was shared
+                self._shares = lib.fx_room_for_results(core.b, rows) != 0
+        if self._shares:
+            raw = core.window.shared[where.shared_results_at :][: rows * where.row_bytes]
             return raw.view(spec.dtype).view(rows, spec.hidden)
         return self._rooms.room(rows, where.row_bytes, "y").view(spec.dtype)
 

@@ -28,18 +28,18 @@
  * B may still be reading, and A must first see B's vote of the new epoch; host_exchange.py
  * insists.
  *
- * Lent rows. Ranks of one machine do not send each other rows. A rank keeps a token's payload once,
+ * Shared rows. Ranks of one machine do not send each other rows. A rank keeps a token's payload once,
  * in its own window, whoever wants it, and the results of its experts where these have written them;
  * peers have both mapped to read. What is written into a peer's window is of each row the meta, and
  * of each result where it lies. The home of a token adds up what it finds there, rounding where a
  * partial sum would have been rounded on its way: with the same bits as if it had been sent.
- *   - A lends payloads n+1 after it has combine n from all to whom it lent n: they send it after
- *     they have read payloads n. A lends results n+1 after it has dispatch n+1 from all to whom it
- *     lent n: they send it after they have reduced combine n. A vote says both.
+ *   - A shares payloads n+1 after it has combine n from all to whom it shared n: they send it after
+ *     they have read payloads n. A shares results n+1 after it has dispatch n+1 from all to whom it
+ *     shared n: they send it after they have reduced combine n. A vote says both.
  *   - Who was dropped in between may still read. For as long as anybody is waited for, nothing is
- *     lent then: rows are sent, as to another machine, and the reader finds the old ones.
+ *     shared then: rows are sent, as to another machine, and the reader finds the old ones.
  *   - One that has slept for longer would read results that have been written over. So A counts a
- *     version up before it does that, the flag of its combine says which one it lends, and a home
+ *     version up before it does that, the flag of its combine says which one it shares, and a home
  *     looks at it again after it has added up: it does not take a sum of which it was not that one.
  *     Payloads need no such count: what a dropped rank makes of them goes to nobody.
  *
@@ -100,8 +100,8 @@ typedef struct {
     int64_t doorbell_at, waiters_at, leases_at;
     int64_t hello_at, votes_at, dispatch_flag_at, combine_flag_at, relayed_flags_at, rows_at,
         results_at, partials_at, partial_stride;
-    int64_t lent_version_at, lent_results_at;
-    int64_t lent_results; /* rows there is room for; 0: results are not lent */
+    int64_t shared_version_at, shared_results_at;
+    int64_t shared_results; /* rows there is room for; 0: results are not shared */
     uint8_t nonce[16]; /* of the own window */
     int32_t lenient;   /* experts without an active owner are skipped and counted */
 
@@ -116,7 +116,7 @@ typedef struct {
     uintptr_t control[256]; /* control part of the window of rank i (the own one, too); 0 remote */
     uintptr_t inbox[256];   /* own window: place of source i */
     uintptr_t outbox[256];  /* window of rank i: place of this rank; 0 not exported yet */
-    uintptr_t lent[256];    /* window of rank i: the rows that it lends; 0 remote */
+    uintptr_t shared[256];  /* window of rank i: the rows that it shares; 0 remote */
     uint8_t remote[256];
 
     /* two levels, of this epoch; see gateways.py */
@@ -136,9 +136,9 @@ typedef struct {
     uint8_t owed[256]; /* FX_OWED_*: to be sent once the link is up */
     uint8_t due[256];  /* FX_DUE_*: to be sent over NIXL */
     uint8_t come[256]; /* by this wait */
-    uint8_t reads_tokens[256], reads_results[256]; /* were lent to it, and it may not be through */
-    int64_t unlent_until_ns; /* somebody may read what was lent to him before he was dropped */
-    uint8_t lends_tokens, lends_results; /* in the dispatch, in the combine under way */
+    uint8_t reads_tokens[256], reads_results[256]; /* were shared with it, and it may not be through */
+    int64_t unshared_until_ns; /* somebody may read what was shared with it before it was dropped */
+    uint8_t shares_tokens, shares_results; /* in the dispatch, in the combine under way */
     uint32_t beat;     /* how often this rank has said that it waits */
     int32_t to_open;   /* a peer has exported its place by now: Python should map it */
 
@@ -173,7 +173,7 @@ typedef struct {
     uintptr_t dispatch_flag[256];         /* the flag that has come */
     uintptr_t from_place[256];            /* where its rows lie: as far from here as from a place */
     int32_t from_merged[256];             /* merged rows of it, also those for siblings; -1 direct */
-    uint8_t from_lent[256];               /* its payloads are lent */
+    uint8_t from_shared[256];             /* its payloads are shared */
     uint8_t merging;                      /* as a gateway: sums of siblings are to be answered */
     uint8_t home;                         /* the mode of the combine under way */
     int64_t plan_rows;
@@ -211,10 +211,10 @@ void fx_unmap(uintptr_t at, int64_t size);
 int fx_punch(int fd, int64_t offset, int64_t size);
 void fx_export_place(fx_buffer *b, int source, int64_t place, const char *nonce);
 int64_t fx_exported_place(fx_buffer *b, int peer);
-void fx_leave_lent(fx_buffer *b, int64_t for_ns);
+void fx_leave_shared(fx_buffer *b, int64_t for_ns);
 uintptr_t fx_room_for_tokens(fx_buffer *b);
 uintptr_t fx_room_for_results(fx_buffer *b, int64_t rows);
-int fx_forget_lent(fx_buffer *b);
+int fx_forget_shared(fx_buffer *b);
 
 void fx_begin_epoch(fx_buffer *b, uint32_t epoch);
 void fx_unmask(fx_buffer *b, int peer);
@@ -265,7 +265,7 @@ enum { FX_DUE_HELLO = 1, FX_DUE_VOTE = 2, FX_DUE_DISPATCH = 4, FX_DUE_COMBINE = 
 #define FX_MAX_TOPK 64
 #define FX_MAX_SLOT 32767
 #define FX_MERGED 0x100u /* in the mode of a flag: for or from all ranks of a machine */
-#define FX_LENT 0x200u   /* in the mode of a flag: rows are read where the sender has them */
+#define FX_SHARED 0x200u /* in the mode of a flag: rows are read where the sender has them */
 
 typedef struct {
     uint64_t tag;
@@ -441,56 +441,56 @@ int fx_gone(fx_buffer *b, int peer) {
     return (int)__atomic_load_n(&b->gone[peer], __ATOMIC_SEQ_CST);
 }
 
-/* ---- rows that are lent --------------------------------------------------------------------- */
+/* ---- rows that are shared ------------------------------------------------------------------- */
 
-static uint32_t *lent_version_of(const fx_buffer *b, int rank) {
-    return (uint32_t *)(b->control[rank] + (uintptr_t)b->lent_version_at);
+static uint32_t *shared_version_of(const fx_buffer *b, int rank) {
+    return (uint32_t *)(b->control[rank] + (uintptr_t)b->shared_version_at);
 }
 
-/* Ranks that are not active any more may be reading what was lent to them: nothing is written over
+/* Ranks that are not active any more may be reading what was shared with them: nothing is written over
  * for a while, unless their processes have ended. */
-void fx_leave_lent(fx_buffer *b, int64_t for_ns) {
+void fx_leave_shared(fx_buffer *b, int64_t for_ns) {
     for (int peer = 0; peer < 256; peer++) {
         if (b->is_active[peer] || !(b->reads_tokens[peer] | b->reads_results[peer])) continue;
         b->reads_tokens[peer] = b->reads_results[peer] = 0;
         int64_t until = now_ns() + for_ns;
-        if (fx_gone(b, peer) != FX_GONE_ENDED && until > b->unlent_until_ns)
-            b->unlent_until_ns = until;
+        if (fx_gone(b, peer) != FX_GONE_ENDED && until > b->unshared_until_ns)
+            b->unshared_until_ns = until;
     }
 }
 
-static int may_lend(fx_buffer *b) {
-    if (b->unlent_until_ns && now_ns() >= b->unlent_until_ns) b->unlent_until_ns = 0;
-    return !b->unlent_until_ns;
+static int may_share(fx_buffer *b) {
+    if (b->unshared_until_ns && now_ns() >= b->unshared_until_ns) b->unshared_until_ns = 0;
+    return !b->unshared_until_ns;
 }
 
-static int lends_to(const fx_buffer *b, int peer) { return peer != b->rank && !b->remote[peer]; }
+static int shares_with(const fx_buffer *b, int peer) { return peer != b->rank && !b->remote[peer]; }
 
-static int has_borrowers(const fx_buffer *b) {
+static int has_readers(const fx_buffer *b) {
     for (int i = 0; i < b->active_count; i++)
-        if (lends_to(b, b->active[i])) return 1;
+        if (shares_with(b, b->active[i])) return 1;
     return 0;
 }
 
 /* Between two exchanges: where payloads of the next dispatch may be written, so that they are not
  * copied; or 0. */
 uintptr_t fx_room_for_tokens(fx_buffer *b) {
-    return has_borrowers(b) && may_lend(b) ? b->lent[b->rank] : 0;
+    return has_readers(b) && may_share(b) ? b->shared[b->rank] : 0;
 }
 
 /* After the waiting half of a dispatch: where its results may be written, so that peers read them
  * there; or 0: anywhere, and they are sent. */
 uintptr_t fx_room_for_results(fx_buffer *b, int64_t rows) {
-    if (rows > b->lent_results || !has_borrowers(b) || !may_lend(b)) return 0;
-    __atomic_fetch_add(lent_version_of(b, b->rank), 1, __ATOMIC_SEQ_CST);
-    return b->lent[b->rank] + (uintptr_t)b->lent_results_at;
+    if (rows > b->shared_results || !has_readers(b) || !may_share(b)) return 0;
+    __atomic_fetch_add(shared_version_of(b, b->rank), 1, __ATOMIC_SEQ_CST);
+    return b->shared[b->rank] + (uintptr_t)b->shared_results_at;
 }
 
-/* Whether the memory of the lent rows may be given back, as far as peers of this epoch and of those
+/* Whether the memory of the shared rows may be given back, as far as peers of this epoch and of those
  * before it are concerned. */
-int fx_forget_lent(fx_buffer *b) {
-    if (has_borrowers(b) || !may_lend(b)) return 0;
-    __atomic_fetch_add(lent_version_of(b, b->rank), 1, __ATOMIC_SEQ_CST);
+int fx_forget_shared(fx_buffer *b) {
+    if (has_readers(b) || !may_share(b)) return 0;
+    __atomic_fetch_add(shared_version_of(b, b->rank), 1, __ATOMIC_SEQ_CST);
     return 1;
 }
 
@@ -1233,26 +1233,26 @@ static int64_t wire_stride(const fx_buffer *b) {
     return b->meta_bytes + (b->payload_bytes + FX_LINE - 1) / FX_LINE * FX_LINE;
 }
 
-static int64_t lent_stride(const fx_buffer *b) { return wire_stride(b) - b->meta_bytes; }
+static int64_t shared_stride(const fx_buffer *b) { return wire_stride(b) - b->meta_bytes; }
 
 /* Once each, the payloads that peers of this machine want. */
-static void lend_payloads(fx_buffer *b) {
-    uint8_t *out = (uint8_t *)b->lent[b->rank];
-    int64_t stride = lent_stride(b);
+static void share_payloads(fx_buffer *b) {
+    uint8_t *out = (uint8_t *)b->shared[b->rank];
+    int64_t stride = shared_stride(b);
     if ((uintptr_t)out == b->payload) return; /* written there */
     for (int t = 0; t < b->tokens; t++) {
         const int32_t *dest = b->dest + (size_t)t * (size_t)b->topk;
         int wanted = 0;
-        for (int j = 0; j < b->dests[t]; j++) wanted |= lends_to(b, dest[j]);
+        for (int j = 0; j < b->dests[t]; j++) wanted |= shares_with(b, dest[j]);
         if (wanted)
             memcpy(out + t * stride, (const uint8_t *)b->payload + t * b->payload_stride,
                    (size_t)b->payload_bytes);
     }
 }
 
-static void send_rows(fx_buffer *b, int to, int lent) {
+static void send_rows(fx_buffer *b, int to, int shared) {
     uint8_t *row = (uint8_t *)b->outbox[to] + b->rows_at;
-    int64_t stride = lent ? b->meta_bytes : wire_stride(b);
+    int64_t stride = shared ? b->meta_bytes : wire_stride(b);
     int32_t results = 0;
     for (int r = 0; r < b->sent_rows[to]; r++, row += stride) {
         int32_t t = b->sent[b->sent_at[to] + r];
@@ -1266,7 +1266,7 @@ static void send_rows(fx_buffer *b, int to, int lent) {
             weights[j] = here ? b->weight[first + j] : 0.0f;
             if (here) b->result[first + j] = results++;
         }
-        if (to != b->rank && !lent) /* own rows are read where they are */
+        if (to != b->rank && !shared) /* own rows are read where they are */
             memcpy(row + b->meta_bytes, (const uint8_t *)b->payload + t * b->payload_stride,
                    (size_t)b->payload_bytes);
     }
@@ -1301,17 +1301,17 @@ static void send_merged_rows(fx_buffer *b, int gateway) {
 
 static void send_dispatch(fx_buffer *b, int to) {
     int gateway = b->via_out[to], merged = gateway == to;
-    int lent = b->lends_tokens && lends_to(b, to);
+    int shared = b->shares_tokens && shares_with(b, to);
     b->exchanges[to]++;
     if (gateway >= 0 && !merged) return; /* its rows are among those for the gateway */
     if (merged)
         send_merged_rows(b, to);
     else
-        send_rows(b, to, lent);
-    b->reads_tokens[to] |= (uint8_t)lent;
+        send_rows(b, to, shared);
+    b->reads_tokens[to] |= (uint8_t)shared;
     b->wire_rows[to] = merged ? b->merged_rows[to] : b->sent_rows[to];
     raise_flag(b, to, b->dispatch_flag_at, (uint32_t)b->wire_rows[to],
-               (uint32_t)b->payload_kind | (merged ? FX_MERGED : 0) | (lent ? FX_LENT : 0),
+               (uint32_t)b->payload_kind | (merged ? FX_MERGED : 0) | (shared ? FX_SHARED : 0),
                (uint32_t)b->payload_bytes, FX_DUE_DISPATCH);
 }
 
@@ -1333,8 +1333,8 @@ int fx_send_dispatch(fx_buffer *b, uintptr_t payload, int64_t stride, int64_t by
     plan_merged(b);
     memset(b->come, 0, sizeof b->come);
     memset(b->dispatch_flag, 0, sizeof b->dispatch_flag);
-    b->lends_tokens = fx_room_for_tokens(b) != 0;
-    if (b->lends_tokens) lend_payloads(b);
+    b->shares_tokens = fx_room_for_tokens(b) != 0;
+    if (b->shares_tokens) share_payloads(b);
     for (int n = 0; n < b->active_count; n++) {
         int to = nth_peer(b, n);
         b->owed[to] = b->up[to] ? 0 : FX_OWED_DISPATCH;
@@ -1367,7 +1367,7 @@ static int grow_plan(fx_buffer *b, int64_t rows, int slots) {
 }
 
 /* Copy a row's meta into the plan. `merged`: its entries for siblings are left out. Returns how many
- * are for this rank, or FX_NONSENSE. A payload that is lent lies where the token says. */
+ * are for this rank, or FX_NONSENSE. A payload that is shared lies where the token says. */
 static int take_row(fx_buffer *b, int64_t row, uint8_t *meta, int merged, int slots,
                     int32_t *offsets) {
     size_t first = (size_t)row * (size_t)b->topk;
@@ -1406,7 +1406,7 @@ int64_t fx_receive(fx_buffer *b, int slots, uintptr_t offsets_at, int64_t *bad) 
         int merged = (mode & FX_MERGED) != 0;
         int direct_flag = flag == flag_from(b, source, b->dispatch_flag_at);
         *bad = source;
-        if ((mode & ~(FX_MERGED | FX_LENT)) != (uint32_t)b->payload_kind ||
+        if ((mode & ~(FX_MERGED | FX_SHARED)) != (uint32_t)b->payload_kind ||
             flag->bytes != (uint32_t)b->payload_bytes)
             return FX_WRONG_PAYLOAD;
         if (count > (uint32_t)b->max_tokens) return FX_NONSENSE;
@@ -1418,8 +1418,8 @@ int64_t fx_receive(fx_buffer *b, int slots, uintptr_t offsets_at, int64_t *bad) 
             return FX_NONSENSE;
         b->from_place[source] = direct_flag ? b->inbox[source] : b->gateway_inbox[source];
         if (!b->from_place[source]) return FX_NONSENSE;
-        b->from_lent[source] = (mode & FX_LENT) != 0;
-        if (b->from_lent[source] && (merged || !lends_to(b, source))) return FX_NONSENSE;
+        b->from_shared[source] = (mode & FX_SHARED) != 0;
+        if (b->from_shared[source] && (merged || !shares_with(b, source))) return FX_NONSENSE;
         b->from_merged[source] = merged ? (int32_t)count : -1;
         count_of[source] = (int32_t)count;
         most += count;
@@ -1428,7 +1428,7 @@ int64_t fx_receive(fx_buffer *b, int slots, uintptr_t offsets_at, int64_t *bad) 
     memset(offsets, 0, (size_t)(slots + 1) * sizeof *offsets);
     for (int i = 0; i < b->active_count; i++) {
         int source = b->active[i], merged = b->from_merged[source] >= 0;
-        int64_t stride = b->from_lent[source] ? b->meta_bytes : wire_stride(b);
+        int64_t stride = b->from_shared[source] ? b->meta_bytes : wire_stride(b);
         uint8_t *meta = (uint8_t *)b->from_place[source] + b->rows_at;
         *bad = source;
         b->from_at[source] = (int32_t)rows;
@@ -1455,16 +1455,16 @@ void fx_index(fx_buffer *b, uintptr_t weights_at, uintptr_t sources_at, uintptr_
     int32_t *sources = (int32_t *)sources_at, *tokens = (int32_t *)tokens_at;
     int64_t *rows = (int64_t *)rows_at;
     for (int i = 0; i < b->active_count; i++) {
-        int source = b->active[i], own = source == b->rank, lent = b->from_lent[source];
+        int source = b->active[i], own = source == b->rank, shared = b->from_shared[source];
         uintptr_t place = own    ? b->payload
-                          : lent ? b->lent[source]
+                          : shared ? b->shared[source]
                                  : b->from_place[source] + (uintptr_t)(b->rows_at + b->meta_bytes);
-        int64_t stride = own ? b->payload_stride : lent ? lent_stride(b) : wire_stride(b);
+        int64_t stride = own ? b->payload_stride : shared ? shared_stride(b) : wire_stride(b);
         for (int r = 0; r < b->from_rows[source]; r++) {
             size_t row = (size_t)(b->from_at[source] + r), first = row * (size_t)b->topk;
             int32_t t = own ? b->sent[b->sent_at[source] + r] : b->place_token[row];
             uintptr_t payload =
-                place + (uintptr_t)((own || lent ? t : b->place_row[row]) * stride);
+                place + (uintptr_t)((own || shared ? t : b->place_row[row]) * stride);
             for (int j = 0; j < b->topk; j++) {
                 int32_t slot = b->place[first + j];
                 if (slot < 0) continue;
@@ -1527,9 +1527,9 @@ static void send_results(fx_buffer *b, int to, const uint8_t *y, int home) {
     if (to != b->rank) b->bytes_sent[to] += (int64_t)stride * count;
 }
 
-/* Of each result, in the order in which `send_results` with `home` has them, which of the lent rows
+/* Of each result, in the order in which `send_results` with `home` has them, which of the shared rows
  * it is. */
-static void lend_results(fx_buffer *b, int to) {
+static void share_results(fx_buffer *b, int to) {
     int32_t *at = (int32_t *)(b->outbox[to] + (uintptr_t)b->results_at);
     const int32_t *place = b->place + (size_t)b->from_at[to] * (size_t)b->topk;
     size_t pairs = (size_t)b->from_rows[to] * (size_t)b->topk;
@@ -1556,8 +1556,8 @@ void fx_send_combine(fx_buffer *b, uintptr_t y, int home) {
     memset(b->come, 0, sizeof b->come);
     b->home = (uint8_t)home;
     b->merging = 0;
-    b->lends_results = y == b->lent[b->rank] + (uintptr_t)b->lent_results_at && may_lend(b);
-    uint32_t version = *lent_version_of(b, b->rank);
+    b->shares_results = y == b->shared[b->rank] + (uintptr_t)b->shared_results_at && may_share(b);
+    uint32_t version = *shared_version_of(b, b->rank);
     for (int n = 0; n < b->active_count && !home; n++) {
         int source = b->active[n];
         if (b->from_merged[source] < 0) continue;
@@ -1567,13 +1567,13 @@ void fx_send_combine(fx_buffer *b, uintptr_t y, int home) {
     for (int n = 0; n < b->active_count; n++) {
         int to = nth_peer(b, n);
         if (!home && b->from_merged[to] >= 0) continue; /* the gateway answers */
-        int lent = b->lends_results && lends_to(b, to);
-        if (lent)
-            lend_results(b, to);
+        int shared = b->shares_results && shares_with(b, to);
+        if (shared)
+            share_results(b, to);
         else if (to != b->rank) /* own rows are summed from y itself */
             send_results(b, to, (const uint8_t *)y, home);
         raise_flag(b, to, b->combine_flag_at, (uint32_t)b->from_rows[to],
-                   (uint32_t)home | (lent ? FX_LENT : 0), version, FX_DUE_COMBINE);
+                   (uint32_t)home | (shared ? FX_SHARED : 0), version, FX_DUE_COMBINE);
     }
 }
 
@@ -1627,7 +1627,7 @@ static int answer_merged(fx_buffer *b) {
         if (!b->come[b->siblings[i]]) return 0;
     b->merging = 0;
     for (int i = 0; i < b->sibling_count; i++)
-        if (flag_from(b, b->siblings[i], b->combine_flag_at)->mode & ~FX_LENT) return 0;
+        if (flag_from(b, b->siblings[i], b->combine_flag_at)->mode & ~FX_SHARED) return 0;
     for (int i = 0; i < b->active_count; i++) {
         int to = b->active[i];
         if (b->via_in[to] == b->rank && b->from_merged[to] >= 0) send_merged_results(b, to);
@@ -1642,21 +1642,21 @@ void fx_set_weights(fx_buffer *b, uintptr_t weights, int k) {
                (size_t)k * sizeof(float));
 }
 
-/* The result of a pair at its owner, own or lent; or NULL: there is none. */
+/* The result of a pair at its owner, own or shared; or NULL: there is none. */
 static const uint8_t *result_of(const fx_buffer *b, int owner, size_t pair, uintptr_t y) {
     size_t at = (size_t)b->result[pair];
     if (owner == b->rank) return (const uint8_t *)y + at * (size_t)b->row_bytes;
     int32_t there;
     memcpy(&there, (const int32_t *)(b->inbox[owner] + (uintptr_t)b->results_at) + at,
            sizeof there);
-    if (there < 0 || there >= b->lent_results) return NULL;
-    return (const uint8_t *)b->lent[owner] + b->lent_results_at +
+    if (there < 0 || there >= b->shared_results) return NULL;
+    return (const uint8_t *)b->shared[owner] + b->shared_results_at +
            (size_t)there * (size_t)b->row_bytes;
 }
 
-/* Each partial sum of a token: by the rank that has the results, where it lends them, else read.
+/* Each partial sum of a token: by the rank that has the results, where it shares them, else read.
  * Returns a rank that says nonsense, or -1. */
-static int terms_of_ranks(const fx_buffer *b, int t, uintptr_t y, const uint8_t *is_lent,
+static int terms_of_ranks(const fx_buffer *b, int t, uintptr_t y, const uint8_t *is_shared,
                           const uint8_t *is_merged, fx_terms *terms) {
     size_t first = (size_t)t * (size_t)b->topk;
     int n = 0, sums = 0;
@@ -1664,7 +1664,7 @@ static int terms_of_ranks(const fx_buffer *b, int t, uintptr_t y, const uint8_t 
         int32_t owner = b->dest[first + j];
         int32_t row = is_merged[owner] ? b->merged_row[first + j] : b->dest_row[first + j];
         if (!b->is_active[owner] || row < 0) continue;
-        if (owner == b->rank || is_lent[owner]) {
+        if (owner == b->rank || is_shared[owner]) {
             for (int k = 0; k < b->topk; k++) {
                 if (b->owner[first + k] != owner) continue;
                 terms->rows[n] = result_of(b, owner, first + k, y);
@@ -1685,14 +1685,14 @@ static int terms_of_ranks(const fx_buffer *b, int t, uintptr_t y, const uint8_t 
 }
 
 /* The same with a single sum, in router order. */
-static int terms_at_home(const fx_buffer *b, int t, uintptr_t y, const uint8_t *is_lent,
+static int terms_at_home(const fx_buffer *b, int t, uintptr_t y, const uint8_t *is_shared,
                          fx_terms *terms) {
     size_t first = (size_t)t * (size_t)b->topk;
     int n = 0;
     for (int j = 0; j < b->topk; j++) {
         int32_t owner = b->owner[first + j];
         if (owner < 0) continue;
-        terms->rows[n] = owner == b->rank || is_lent[owner]
+        terms->rows[n] = owner == b->rank || is_shared[owner]
                              ? result_of(b, owner, first + j, y)
                              : (const uint8_t *)b->inbox[owner] + b->results_at +
                                    (size_t)b->result[first + j] * (size_t)b->result_stride;
@@ -1703,13 +1703,13 @@ static int terms_at_home(const fx_buffer *b, int t, uintptr_t y, const uint8_t *
     return -1;
 }
 
-/* Whether a rank has gone on, and written over what it had lent for this combine. */
-static int written_over(const fx_buffer *b, const uint8_t *is_lent, int64_t *bad) {
+/* Whether a rank has gone on, and written over what it had shared for this combine. */
+static int written_over(const fx_buffer *b, const uint8_t *is_shared, int64_t *bad) {
     __atomic_thread_fence(__ATOMIC_ACQUIRE);
     for (int i = 0; i < b->active_count; i++) {
         int source = b->active[i];
         *bad = source;
-        if (is_lent[source] && __atomic_load_n(lent_version_of(b, source), __ATOMIC_ACQUIRE) !=
+        if (is_shared[source] && __atomic_load_n(shared_version_of(b, source), __ATOMIC_ACQUIRE) !=
                                    flag_from(b, source, b->combine_flag_at)->bytes)
             return 1;
     }
@@ -1720,20 +1720,20 @@ static int written_over(const fx_buffer *b, const uint8_t *is_lent, int64_t *bad
  * that was masked meanwhile owes is left out and marked as lost. */
 int fx_reduce(fx_buffer *b, uintptr_t y, uintptr_t out, int home, int64_t *bad) {
     uint8_t is_merged[256] = {0}; /* its results are in those of its gateway */
-    uint8_t is_lent[256] = {0};
+    uint8_t is_shared[256] = {0};
     for (int i = 0; i < b->active_count; i++) {
         int source = b->active[i];
         int gateway = b->via_out[source], merged = has_merged_results(b, gateway);
         const fx_flag *flag = flag_from(b, merged ? gateway : source, b->combine_flag_at);
         *bad = merged ? gateway : source;
-        int lent = !merged && lends_to(b, source) && (flag->mode & FX_LENT);
-        if (flag->mode != (merged ? FX_MERGED : (uint32_t)home | (lent ? FX_LENT : 0)) ||
+        int shared = !merged && shares_with(b, source) && (flag->mode & FX_SHARED);
+        if (flag->mode != (merged ? FX_MERGED : (uint32_t)home | (shared ? FX_SHARED : 0)) ||
             (merged && home))
             return FX_WRONG_MODE;
         if (flag->rows != (uint32_t)(merged ? b->merged_rows[gateway] : b->sent_rows[source]))
             return FX_WRONG_ROWS;
         is_merged[source] = (uint8_t)merged;
-        is_lent[source] = (uint8_t)lent;
+        is_shared[source] = (uint8_t)shared;
     }
     b->lost_pairs = 0;
     for (int t = 0; t < b->tokens; t++) {
@@ -1745,8 +1745,8 @@ int fx_reduce(fx_buffer *b, uintptr_t y, uintptr_t out, int home, int64_t *bad) 
             if (owner >= 0 && !b->is_active[owner]) owner = b->owner[first + j] = -3 - owner;
             b->lost_pairs += owner < -1;
         }
-        int liar = home ? terms_at_home(b, t, y, is_lent, &terms)
-                        : terms_of_ranks(b, t, y, is_lent, is_merged, &terms);
+        int liar = home ? terms_at_home(b, t, y, is_shared, &terms)
+                        : terms_of_ranks(b, t, y, is_shared, is_merged, &terms);
         if (liar >= 0) {
             *bad = liar;
             return FX_WRONG_ROWS;
@@ -1756,7 +1756,7 @@ int fx_reduce(fx_buffer *b, uintptr_t y, uintptr_t out, int home, int64_t *bad) 
         else
             sum_of_sums(b, sum, &terms);
     }
-    return written_over(b, is_lent, bad) ? FX_WRITTEN_OVER : 0;
+    return written_over(b, is_shared, bad) ? FX_WRITTEN_OVER : 0;
 }
 
 /* After fx_reduce: weight [tokens], choices [tokens, k] and ranks [256] of what is lost. */

@@ -88,9 +88,9 @@ class ShmLink:
         return self._theirs.control
 
     @property
-    def lent(self) -> int:
-        """Where the rows that the peer lends are mapped."""
-        return self._theirs.lent
+    def shared(self) -> int:
+        """Where the rows that the peer shares are mapped."""
+        return self._theirs.shared
 
     @property
     def outbox(self) -> int:
@@ -115,7 +115,7 @@ class NixlLink:
     """A peer on another machine, or one that is to be treated so."""
 
     remote = True
-    control = lent = 0
+    control = shared = 0
 
     def __init__(
         self, peer: int, address: WindowAddress, endpoint: nixl.Endpoint, spec: BufferSpec

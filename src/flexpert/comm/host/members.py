@@ -43,7 +43,7 @@ class Members:
         self.active = ids
         self._use_active()
         self._use_plan(self._plan())
-        self._leave_lent()
+        self._leave_shared()
         lib.fx_begin_epoch(self._core.b, epoch)
 
     def install(self, link: Link) -> None:
@@ -54,7 +54,7 @@ class Members:
             self.parted.discard(peer)
             b.inbox[peer] = link.inbox.at
             b.control[peer] = link.control
-            b.lent[peer] = link.lent
+            b.shared[peer] = link.shared
             b.outbox[peer] = link.outbox
             b.remote[peer] = link.remote
             b.own_gen[peer] = b.peer_gen[peer] = b.up[peer] = b.due[peer] = 0
@@ -67,11 +67,11 @@ class Members:
         if self.installed.get(peer) is link:
             self.relays.forget(peer)
             del self.installed[peer]
-            b.inbox[peer] = b.outbox[peer] = b.control[peer] = b.lent[peer] = 0
+            b.inbox[peer] = b.outbox[peer] = b.control[peer] = b.shared[peer] = 0
             b.up[peer] = b.remote[peer] = b.due[peer] = 0
             self.drop([peer])
-            if all(other.remote for other in self.installed.values()) and lib.fx_forget_lent(b):
-                self._core.window.empty_lent()
+            if all(other.remote for other in self.installed.values()) and lib.fx_forget_shared(b):
+                self._core.window.empty_shared()
 
     def drop(self, ranks: Iterable[int]) -> None:
         """Mask ranks now."""
@@ -85,7 +85,7 @@ class Members:
                 core.set_gone(peer, 0)
         self.active = tuple(rank for rank in self.active if rank not in dropped)
         self._use_active()
-        self._leave_lent()
+        self._leave_shared()
 
     def take_in(self, ranks: Iterable[int]) -> None:
         """Unmask ranks now; those that are active stay as they are."""
@@ -151,9 +151,9 @@ class Members:
         else:
             self._use_plan(TwoLevelPlan())
 
-    def _leave_lent(self) -> None:
-        """Ranks that take part no more may still read what was lent to them."""
-        lib.fx_leave_lent(self._core.b, limit_ns(self._core.timeout_s))
+    def _leave_shared(self) -> None:
+        """Ranks that take part no more may still read what was shared with them."""
+        lib.fx_leave_shared(self._core.b, limit_ns(self._core.timeout_s))
 
     def _use_active(self) -> None:
         b = self._core.b

@@ -41,7 +41,7 @@ static int wait_for_all(fx_buffer *b, int what) {
 }
 
 /* Memory for the rows of a dispatch: addresses and what comes with them, then x, and y if that is not
- * lent. */
+ * shared. */
 static uint8_t *native_room(fx_buffer *b, int64_t pairs, int arrays) {
     const int64_t size = pairs * (20 + arrays * b->row_bytes) + 128;
     if (size > b->native_size) {
@@ -56,11 +56,11 @@ static uint8_t *native_room(fx_buffer *b, int64_t pairs, int arrays) {
 /* After fx_receive: the rows through the experts here, and back. */
 static int compute_and_answer(fx_buffer *b, const fx_layer *layer, const int32_t *offsets, int64_t pairs) {
     const int64_t array = (pairs * b->row_bytes + 63) / 64 * 64;
-    uint8_t *lent = (uint8_t *)fx_room_for_results(b, pairs);
-    uint8_t *memory = native_room(b, pairs, lent ? 1 : 2);
+    uint8_t *shared = (uint8_t *)fx_room_for_results(b, pairs);
+    uint8_t *memory = native_room(b, pairs, shared ? 1 : 2);
     if (!memory) return stopped(b, FX_DISPATCH, FX_NO_MEMORY, b->rank);
-    uint8_t *x = memory, *y = lent ? lent : x + array;
-    int64_t *rows = (int64_t *)(x + (lent ? 1 : 2) * array);
+    uint8_t *x = memory, *y = shared ? shared : x + array;
+    int64_t *rows = (int64_t *)(x + (shared ? 1 : 2) * array);
     float *weights = (float *)(rows + pairs);
     int32_t *sources = (int32_t *)(weights + pairs), *tokens = sources + pairs;
     fx_index(b, (uintptr_t)weights, (uintptr_t)sources, (uintptr_t)tokens, (uintptr_t)rows);

@@ -73,8 +73,8 @@ def _map_to_read(fd: int, offset: int, size: int) -> int:
     return at
 
 
-def _map_lent(fd: int, size: int) -> torch.Tensor:
-    """The own lent rows, mapped for as long as any tensor of them lives."""
+def _map_shared(fd: int, size: int) -> torch.Tensor:
+    """The own shared rows, mapped for as long as any tensor of them lives."""
     at = map_part(fd, CONTROL_BYTES, size)
     mapped = ffi.gc(ffi.cast("char *", at), lambda _: lib.fx_unmap(at, size))
     return torch.frombuffer(ffi.buffer(mapped, size), dtype=torch.uint8)
@@ -108,12 +108,12 @@ class HostWindow:
             group=group,
         )
         self.control = map_part(self.fd, 0, CONTROL_BYTES)
-        self.lends_results = memfd.overcommits()
-        """Whether results may be lent: their part is sparse, and mostly never touched."""
-        if not self.lends_results:
-            memfd.reserve(self.fd, CONTROL_BYTES, self.layout.lent_results_at)
-        self.lent = _map_lent(self.fd, self.layout.lent_bytes)
-        """uint8 [lent_bytes]; outlives the window with whoever has a tensor in it."""
+        self.shares_results = memfd.overcommits()
+        """Whether results may be shared: their part is sparse, and mostly never touched."""
+        if not self.shares_results:
+            memfd.reserve(self.fd, CONTROL_BYTES, self.layout.shared_results_at)
+        self.shared = _map_shared(self.fd, self.layout.shared_bytes)
+        """uint8 [shared_bytes]; outlives the window with whoever has a tensor in it."""
         self._places: dict[int, WindowPlace] = {}
         self._next = 0
 
@@ -143,10 +143,10 @@ class HostWindow:
         lib.fx_unmap(place.at, self.layout.place_bytes)
         lib.fx_punch(self.fd, self.layout.place_at(place.number), self.layout.place_bytes)
 
-    def empty_lent(self) -> None:
-        """Give the memory of the lent rows back, unless it is reserved; they are zeros then."""
-        if self.lends_results:
-            lib.fx_punch(self.fd, CONTROL_BYTES, self.layout.lent_bytes)
+    def empty_shared(self) -> None:
+        """Give the memory of the shared rows back, unless it is reserved; they are zeros then."""
+        if self.shares_results:
+            lib.fx_punch(self.fd, CONTROL_BYTES, self.layout.shared_bytes)
 
     def memory_bytes(self) -> int:
         """Memory the window takes now."""
@@ -157,12 +157,12 @@ class HostWindow:
             lib.fx_unmap(place.at, self.layout.place_bytes)
         self._places.clear()
         lib.fx_unmap(self.control, CONTROL_BYTES)
-        self.lent = self.lent.new_empty(0)
+        self.shared = self.shared.new_empty(0)
         os.close(self.fd)
 
 
 class PeerWindow:
-    """A peer's window, as far as this rank may touch it: its control part, the rows that it lends
+    """A peer's window, as far as this rank may touch it: its control part, the rows that it shares
     (to read), and the place exported to this rank.
 
     Opening the control part never waits; the place is there once the peer has connected, too.
@@ -182,7 +182,7 @@ class PeerWindow:
         self._fd = _open(peer, address, spec)
         try:
             self.control = map_part(self._fd, 0, CONTROL_BYTES)
-            self.lent = _map_to_read(self._fd, CONTROL_BYTES, self._layout.lent_bytes)
+            self.shared = _map_to_read(self._fd, CONTROL_BYTES, self._layout.shared_bytes)
         except CommError:
             os.close(self._fd)
             raise
@@ -210,7 +210,7 @@ class PeerWindow:
     def close(self) -> None:
         self._close_fd()
         lib.fx_unmap(self.control, CONTROL_BYTES)
-        lib.fx_unmap(self.lent, self._layout.lent_bytes)
+        lib.fx_unmap(self.shared, self._layout.shared_bytes)
         if self.place:
             lib.fx_unmap(self.place, self._layout.place_bytes)
 

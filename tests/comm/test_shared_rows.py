@@ -21,16 +21,16 @@ from flexpert.comm.window_layout import layout
 IDS = (0, 1, 2)
 
 
-def is_lent(buffer: HostBuffer, y: torch.Tensor) -> bool:
-    lent = buffer._core.window.lent
-    return 0 <= y.data_ptr() - lent.data_ptr() < lent.numel()
+def is_shared(buffer: HostBuffer, y: torch.Tensor) -> bool:
+    shared = buffer._core.window.shared
+    return 0 <= y.data_ptr() - shared.data_ptr() < shared.numel()
 
 
-def begin(buffer: HostBuffer, s: Sent, *, lent: bool = True) -> Pending[torch.Tensor]:
-    """Up to the sums, which the caller asks for. lent: whether results, if any, are to be."""
+def begin(buffer: HostBuffer, s: Sent, *, shared: bool = True) -> Pending[torch.Tensor]:
+    """Up to the sums, which the caller asks for. shared: whether results, if any, are to be."""
     got = dispatch(buffer, s)
     y = buffer.combine_input(got).copy_(apply_experts(got.x, got.offsets))
-    assert is_lent(buffer, y) is lent or y.numel() == 0
+    assert is_shared(buffer, y) is shared or y.numel() == 0
     return buffer.begin_combine(y, got)
 
 
@@ -43,21 +43,21 @@ def begin_all(
     return sent, local.each(IDS, lambda b: begin(b, sent[b.rank]))
 
 
-def go_on_without(local: Local, late: int, spec: BufferSpec, *, lent: bool) -> None:
-    """The others begin an epoch, and exchange what is not what they have lent."""
+def go_on_without(local: Local, late: int, spec: BufferSpec, *, shared: bool) -> None:
+    """The others begin an epoch, and exchange what is not what they have shared."""
     rest = tuple(rank for rank in IDS if rank != late)
     local.activate(rest)
     again = random_sent(spec, rest, 2)
-    sums = local.each(rest, lambda b: begin(b, again[b.rank], lent=lent)())
+    sums = local.each(rest, lambda b: begin(b, again[b.rank], shared=shared)())
     for rank in rest:
         assert same_bits(sums[rank], applied(again[rank], "rank"))
 
 
-def test_who_has_been_left_out_still_reads_what_was_lent_to_it(local: Local) -> None:
+def test_who_has_been_left_out_still_reads_what_was_shared_with_it(local: Local) -> None:
     spec = spec_of(3)
     sent, pending = begin_all(local, spec)
     assert all(same_bits(pending[rank](), applied(sent[rank], "rank")) for rank in (0, 2))
-    go_on_without(local, 1, spec, lent=False)
+    go_on_without(local, 1, spec, shared=False)
     assert same_bits(pending[1](), applied(sent[1], "rank"))
 
 
@@ -66,7 +66,7 @@ def test_a_vote_says_that_nothing_is_read_any_more(local: Local) -> None:
     _, pending = begin_all(local, spec)
     local.each(IDS, lambda b: pending[b.rank]())
     local.each(IDS, lambda b: b.barrier(timeout_s=30))
-    go_on_without(local, 1, spec, lent=True)
+    go_on_without(local, 1, spec, shared=True)
 
 
 @pytest.mark.parametrize("on_timeout", ["raise", "mask"])
@@ -81,7 +81,7 @@ def test_sums_of_what_was_written_over_are_given_to_nobody(
         local.buffers[rank].set_active((0, 2), 2)
         local.buffers[rank].timeout_s = 30.0
     local.epoch = 2
-    go_on_without(local, 1, spec, lent=True)
+    go_on_without(local, 1, spec, shared=True)
     if on_timeout == "raise":
         with pytest.raises(RankLost, match="went on without this rank"):
             pending[1]()
@@ -102,7 +102,7 @@ def test_combine_input_after_combine_begins_changes_nothing(local: Local) -> Non
         assert same_bits(sums, applied(sent[rank], "rank"))
 
 
-def test_more_results_than_may_be_lent_are_sent(local: Local) -> None:
+def test_more_results_than_may_be_shared_are_sent(local: Local) -> None:
     """Five ranks have all their tokens computed by one."""
     spec = spec_of(5, max_tokens=4, topk=2, hidden=32)
     ids = range(5)
@@ -115,7 +115,7 @@ def test_more_results_than_may_be_lent_are_sent(local: Local) -> None:
         rank: Sent(torch.randn(4, 32).bfloat16(), chosen, torch.rand(4, 2), none if rank else table)
         for rank in ids
     }
-    sums = local.each(ids, lambda b: begin(b, sent[b.rank], lent=b.rank != 0)())
+    sums = local.each(ids, lambda b: begin(b, sent[b.rank], shared=b.rank != 0)())
     for rank in ids:
         assert same_bits(sums[rank], applied(sent[rank], "rank"))
 
@@ -138,5 +138,5 @@ def test_without_overcommitted_memory_results_are_sent(
     local.start(spec, (0, 1))
     local.activate((0, 1))
     sent = random_sent(spec, (0, 1), 1)
-    sums = local.each((0, 1), lambda b: begin(b, sent[b.rank], lent=False)())
+    sums = local.each((0, 1), lambda b: begin(b, sent[b.rank], shared=False)())
     assert all(same_bits(sums[rank], applied(sent[rank], "rank")) for rank in (0, 1))
