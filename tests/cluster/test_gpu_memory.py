@@ -141,7 +141,7 @@ def test_what_is_planned_measured_and_shown_is_what_ranks_take(
         assert [rank.id for rank in head.cluster().ranks] == [0, 1]
         gpus.free = first.device_planned_bytes * 2
         assert (await change(head, ranks=3)).state == "done"
-        # memory is measured again with a tenth of stall_timeout, of those that gave experts away too
+        # measured again with a tenth of stall_timeout, also of those that gave experts away
         await until(lambda: all(as_planned(rank) for rank in head.cluster().ranks), 60)
         check(head, dense)
         assert head.cluster().ranks[0].device_planned_bytes < first.device_planned_bytes
