@@ -110,7 +110,7 @@ def test_three_ranks_and_a_batch_give_the_answers_of_one_rank_and_none(
 ) -> None:
     assert service.run(answer_all(service.head, WORK, clients=12)) == expected
     accepted = "flexpert_accepted_draft_tokens_total"
-    assert service.head.registry.get_sample_value(accepted) > 10
+    assert service.head.registry.get_sample_value(accepted) > 3
 
 
 def test_leavers_sequences_go_on_with_their_states(

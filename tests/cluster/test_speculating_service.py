@@ -85,7 +85,8 @@ def test_through_changes_of_ranks(service: Service, expected: list[Answer]) -> N
         assert left.recomputed_tokens == 0
         assert (await change(head, ranks=3)).state == "done"
         assert await traffic == expected
-        assert accepted(head) - before > 100
+        # each epoch begins with 32 steps in which tokens are proposed
+        assert accepted(head) - before > 20
         read = head.registry.get_sample_value
         by_position = [
             read("flexpert_accepted_draft_tokens_by_position_total", {"position": str(place)}) or 0
