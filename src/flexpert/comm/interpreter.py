@@ -17,9 +17,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 @functools.cache
 def mend() -> None:
     """Triton 3.9 makes integers of a comparison of scalars, and takes only bools as masks; it does
-    not round to bfloat16 and e4m3 as a GPU does; and numpy's product gives a row other bits at
-    another place of a tile, which on a GPU it does not. It also takes most of its time for what it
-    has done before, see `_hasten`.
+    not round to bfloat16 and e4m3 as a GPU does, and multiplies the words of bfloat16 as if they
+    were integers; and numpy's product gives a row other bits at another place of a tile, which on a
+    GPU it does not. It also takes most of its time for what it has done before, see `_hasten`.
 
     To be called before a kernel runs, once or more; does nothing where nothing is interpreted.
     """
@@ -50,7 +50,14 @@ def mend() -> None:
 
     dot = builder.create_dot
 
+    def widened(factor: Any) -> Any:
+        if factor.dtype.scalar != tl.bfloat16:
+            return factor
+        words = factor.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(words.view(np.float32), tl.float32)
+
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, most: Any) -> Any:
+        a, b = widened(a), widened(b)
         if not a.data.dtype == b.data.dtype == d.data.dtype == np.float32 or a.data.ndim != 2:
             return dot(self, a, b, d, precision, most)
         total = (a.data[:, :, None] * b.data[None]).sum(1)  # from the first to the last
