@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 from support.served_head import Running
 
 from flexpert.config import ServerConfig
+
+# of every client that says nothing else: where others have the processors a worker that prepares
+# bodies takes more than httpx's 5 seconds to start
+DEFAULT_TIMEOUT_CONFIG.read = 60.0
 
 
 @pytest.fixture(scope="session")

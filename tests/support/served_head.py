@@ -79,7 +79,7 @@ class Running:
 
         return asyncio.run_coroutine_threadsafe(call(), self._loop).result(10)
 
-    def until(self, condition: Callable[[], bool], limit_s: float = 5.0) -> None:
+    def until(self, condition: Callable[[], bool], limit_s: float = 30.0) -> None:
         """Wait for something in the server to become true."""
 
         async def wait() -> None:
