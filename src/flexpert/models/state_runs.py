@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 NO_STATE = -1
 """In place of a slot: the sequence begins, and there is no state yet."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: what is worked out is kept, for all layers
 class StateRuns:
     """R runs of consecutive rows, each of one sequence, that cover a step's rows in order.
 
@@ -38,12 +39,12 @@ class StateRuns:
         """Whether a run reads what the one before it writes."""
         return run > 0 and self.sources[run] == self.targets[run - 1]
 
-    @property
+    @cached_property
     def apart(self) -> bool:
         """Whether each run is a row that decodes, of a sequence of its own."""
         return self.decodes == len(self) and not any(map(self.goes_on, range(len(self))))
 
-    @property
+    @cached_property
     def waves(self) -> list[list[int]]:
         """Of the runs that decode those that may be computed at one time, in turn: the first of
         each sequence, then the second ones, and so on."""
